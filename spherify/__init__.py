@@ -1,0 +1,80 @@
+"""Rebuild torchvision and timm networks on angles.
+
+The public names are loaded when they are first used, so that ``import spherify`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from spherify.version import __version__
+
+if TYPE_CHECKING:
+    from spherify import functional, layers
+    from spherify.convert import plan, spherify, unspherify
+    from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
+    from spherify.export.folder import load, save
+    from spherify.plan.options import Options
+    from spherify.plan.plan import Plan
+
+HOMES = {
+    "spherify": "spherify.convert",
+    "plan": "spherify.convert",
+    "unspherify": "spherify.convert",
+    "save": "spherify.export.folder",
+    "load": "spherify.export.folder",
+    "Options": "spherify.plan.options",
+    "Plan": "spherify.plan.plan",
+    "SpherifyError": "spherify.errors",
+    "OptionError": "spherify.errors",
+    "ModelError": "spherify.errors",
+    "RewriteError": "spherify.errors",
+    "FileError": "spherify.errors",
+}
+ROOMS = ("functional", "layers")
+
+
+class Face(ModuleType):
+    """This package. Its function ``plan`` and its room ``plan`` share a name; as an attribute, the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in HOMES and isinstance(value, ModuleType)):  # what importing a room would set
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ROOMS:
+        return importlib.import_module(f"spherify.{name}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'spherify' has no attribute {name!r}")
+    value = getattr(importlib.import_module(HOMES[name]), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOMES, *ROOMS])
+
+
+sys.modules[__name__].__class__ = Face
+
+__all__ = [
+    "FileError",
+    "ModelError",
+    "OptionError",
+    "Options",
+    "Plan",
+    "RewriteError",
+    "SpherifyError",
+    "__version__",
+    "functional",
+    "layers",
+    "load",
+    "plan",
+    "save",
+    "spherify",
+    "unspherify",
+]

@@ -1,0 +1,322 @@
+"""``save`` and ``load``: a converted model as a folder of weights and a config that rebuilds it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from spherify.convert import SOURCE
+from spherify.errors import FileError, OptionError
+from spherify.export.atomic import replacing_folder
+from spherify.functional.responses import K_MAX, K_MIN
+from spherify.layers.angular import AngularLayer
+from spherify.layers.removed import Removed
+from spherify.models.resolve import CUSTOM, Source, build, has_model, source_of, version_of
+from spherify.plan.plan import Plan
+from spherify.rewrite.apply import apply_, conversion_of, in_short, misfits
+from spherify.rewrite.swaps import ORIGIN
+from spherify.version import __version__
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT_VERSION = 1
+LIBRARY_NAME = "spherify"
+
+
+def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | None = None) -> Path:
+    """Write a converted model: ``model.safetensors`` and ``config.json``, in one step.
+
+    Args:
+        model: what ``spherify`` returned, trained or not; a DDP or compiled wrapper is looked through.
+        folder: replaced if it holds a converted model, made if it does not exist. Its other files stay.
+        arguments: what the base model was built with beside its name, where the model cannot tell.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RewriteError: the model is not a converted one.
+        OptionError: the folder holds something else.
+        FileError: the disk refused, or the model has state that is no tensor.
+    """
+    folder = Path(folder)
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    plan = conversion_of(model)
+    check_target(folder)
+    source = source_for(model, arguments)
+    tensors, ties = tensors_to_write(model)
+    try:
+        with replacing_folder(folder) as new:
+            safetensors.torch.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            config = config_of(plan, source, ties, new / WEIGHTS)
+            (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read
+    except OSError as error:
+        raise FileError(
+            f"{folder} could not be written ({error.strerror or error}); what was there is unchanged."
+        ) from error
+    return folder
+
+
+def check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{folder} is a file; give a folder to write to.")
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+        raise OptionError(f"{folder} holds something else than a converted model; give a new folder.")
+
+
+def is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == LIBRARY_NAME
+
+
+def config_of(plan: Plan, source: Source, ties: dict[str, str], weights: Path) -> dict[str, Any]:
+    """No root-level ``architecture``: timm refuses the folder instead of building the plain network from it."""
+    config = {
+        "library_name": LIBRARY_NAME,
+        "format_version": FORMAT_VERSION,
+        "spherify_version": __version__,
+        "base": {
+            "library": source.library,
+            "name": source.name,
+            "version": source.version,
+            "arguments": source.arguments,
+        },
+        **plan.to_record(),
+        "k_range": [K_MIN, K_MAX],
+        "head": {
+            "kind": plan.options.head,
+            "layers": [decision.site.name for decision in plan.decisions if "@head" in decision.site.roles],
+        },
+        "weights": {"file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights), "ties": ties},
+    }
+    return {**config, "fingerprint": fingerprint_of(config)}
+
+
+def fingerprint_of(config: dict[str, Any]) -> str:
+    """Of everything else in the config, whatever its layout."""
+    rest = {key: value for key, value in config.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous tensors on the CPU, each once, and for every other name of a tensor the name it is stored by."""
+    first_name: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise FileError(f"{name} is state of type {type(value).__name__}, which safetensors cannot hold.")
+        if value.is_meta:
+            raise FileError(f"{name} has no data (it is on meta); load or initialise the model before saving it.")
+        if id(value) in first_name:
+            ties[name] = first_name[id(value)]
+            continue
+        first_name[id(value)] = name
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, ties
+
+
+def source_for(model: nn.Module, arguments: dict[str, Any] | None) -> Source:
+    """How the base is built, if building it so gives this very structure; else it is the user's own model."""
+    source = model.__dict__.get(SOURCE) or source_of(model)
+    given = {**source.arguments, **(arguments or {})}
+    try:
+        json.dumps(given)
+    except TypeError as error:
+        raise OptionError(f"arguments {given} cannot be written to {CONFIG} ({error}); give plain values.") from None
+    classes = getattr(model, "num_classes", None)
+    if source.library == "timm" and arguments is None and isinstance(classes, int):
+        given["num_classes"] = classes
+    source = Source(source.library, source.name, source.version, given)
+    if source.library == CUSTOM:
+        return source
+    difference = first_difference(model, plain_base(source))
+    if difference is None:
+        return source
+    warnings.warn(
+        f"{source.label} built with {given} is not this model: {difference}. It is saved as a model of your own; "
+        "pass arguments=... to save, or base=... to load.",
+        stacklevel=3,
+    )
+    kind = type(model)
+    return Source(CUSTOM, f"{kind.__module__}.{kind.__qualname__}", "")
+
+
+def plain_base(source: Source) -> nn.Module:
+    try:
+        return build(source, device="meta")
+    except OptionError:  # some builders compute with tensors
+        return build(source)
+
+
+def first_difference(model: nn.Module, base: nn.Module) -> str | None:
+    """Where the structure of a converted model differs from that of a plain one, in words."""
+    mine, theirs = dict(structure_of(model)), dict(structure_of(base))
+    for path in [*mine, *theirs]:
+        if mine.get(path) != theirs.get(path):
+            return f"{path or 'the model'} is {mine.get(path, 'missing')}, not {theirs.get(path, 'missing')}"
+    return None
+
+
+def structure_of(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Path and printed form of each module as it is in the plain model, without its biases."""
+    for path, module in model.named_modules():
+        kind: type[nn.Module] = type(module)
+        if isinstance(module, Removed):
+            kind, words = module.source_type, module.source_words
+        else:
+            if isinstance(module, AngularLayer) and hasattr(module, ORIGIN):
+                kind = getattr(module, ORIGIN).source_type
+            words = kind.extra_repr(module)
+        yield path, f"{kind.__name__}({re.sub(r',? ?bias=(True|False)', '', words)})"
+
+
+def load(folder: str | Path, *, base: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Rebuild a saved model: the plain base, the recorded conversions, every weight.
+
+    Args:
+        base: the plain model, for one that is the user's own; a copy of it is converted.
+        device: where the weights are put.
+
+    Returns:
+        The converted model, in train mode as a newly built one.
+
+    Raises:
+        OptionError: there is no such folder, or ``base`` is missing.
+        FileError: a file is damaged or was changed, the format is newer, or the base model is another one now.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    source = Source(**config["base"])
+    tensors = read_weights(folder, config)
+    for fresh in bases(source, base, folder):
+        plan = plan_for(fresh, config, folder)
+        apply_(fresh, plan)
+        assign_tensors_(fresh, tensors, config["weights"]["ties"], folder)
+        if not has_meta_tensors(fresh):  # buffers that no state dict holds stay on meta; then it is built with data
+            break
+    fresh.train()
+    if source.library != CUSTOM:
+        setattr(fresh, SOURCE, source)
+    return fresh.to(device)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        leftovers = sorted(folder.absolute().parent.glob(f".{folder.name}.new-*"))
+        hint = f"; a whole copy may stand in {leftovers[0]}" if leftovers and not folder.exists() else ""
+        raise OptionError(f"{folder} holds no {CONFIG}, so it is not a saved model{hint}.")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{folder / CONFIG} is damaged ({error}); save the model again.") from error
+    if not isinstance(config, dict) or config.get("library_name") != LIBRARY_NAME:
+        raise FileError(f"{folder / CONFIG} is not spherify's; give a folder that spherify.save wrote.")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise FileError(
+            f"{folder} has format version {version}, and this spherify {__version__} reads up to {FORMAT_VERSION}; "
+            "update spherify."
+        )
+    if config.get("fingerprint") != fingerprint_of(config):
+        raise FileError(f"{folder / CONFIG} was changed after it was saved; restore it, or save the model again.")
+    if config["k_range"] != [K_MIN, K_MAX]:
+        raise FileError(f"{folder} has learned k in {config['k_range']}, this version in {[K_MIN, K_MAX]}.")
+    return config
+
+
+def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    path, expected = folder / WEIGHTS, config["weights"]
+    if not path.is_file():
+        raise FileError(f"{path} is missing; save the model again.")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise FileError(f"{path} has {size} bytes, not the {expected['bytes']} saved; it was cut short or replaced.")
+    if digest_of(path) != expected["sha256"]:
+        raise FileError(f"{path} is damaged: its contents are not those saved.")
+    return safetensors.torch.load_file(path)
+
+
+def bases(source: Source, base: nn.Module | None, folder: Path) -> Iterator[nn.Module]:
+    """Plain models to convert: on meta first, then with data."""
+    if base is not None:
+        yield copy.deepcopy(base)
+    elif source.library == CUSTOM:
+        raise OptionError(
+            f"{folder} holds a {source.name}, which no library builds; pass the plain model as base=... ."
+        )
+    elif not has_model(source.library, source.name):
+        raise FileError(
+            f"{folder} was made from {source.label} of {source.library} {source.version}, "
+            f"which {source.library} {version_of(source.library)} does not have; install that version."
+        )
+    else:
+        with contextlib.suppress(OptionError):  # some builders compute with tensors
+            yield build(source, device="meta")
+        yield build(source)
+
+
+def plan_for(base: nn.Module, config: dict[str, Any], folder: Path) -> Plan:
+    """The recorded plan, after a check that every layer of it stands in the base as it did.
+
+    Raises:
+        FileError: a layer is missing, or has another type or shape.
+    """
+    modules = dict(base.named_modules(remove_duplicate=False))
+    plan = Plan.from_record(config, lambda name: type(modules.get(name, nn.Module())))
+    problems = misfits(base, plan)
+    problems += [
+        f"{layer['name']} is a {type(modules[layer['name']]).__name__}, not a {layer['type']}"
+        for layer in config["layers"]
+        if layer["name"] in modules and type(modules[layer["name"]]).__name__ != layer["type"]
+    ]
+    if problems:
+        raise FileError(f"{folder} does not fit {type(base).__name__} as it is built now: {in_short(problems)}.")
+    return plan
+
+
+def assign_tensors_(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str], folder: Path) -> None:
+    """Every tensor under all its names, the names of one tensor tied again."""
+    everything = {**tensors, **{name: tensors[stored] for name, stored in ties.items()}}
+    try:
+        model.load_state_dict(everything, strict=True, assign=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:200]
+        raise FileError(f"{folder / WEIGHTS} does not fit the model that {CONFIG} describes ({text}).") from error
+    for name, stored in ties.items():
+        owner, _, key = stored.rpartition(".")
+        target, _, alias = name.rpartition(".")
+        table = "_parameters" if key in model.get_submodule(owner)._parameters else "_buffers"
+        getattr(model.get_submodule(target), table)[alias] = getattr(model.get_submodule(owner), table)[key]
+
+
+def has_meta_tensors(model: nn.Module) -> bool:
+    """Anything without data: Parameters, buffers, and tensors kept as plain attributes."""
+    return any(
+        isinstance(value, Tensor) and value.is_meta
+        for module in model.modules()
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values())
+    )

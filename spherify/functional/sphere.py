@@ -1,0 +1,225 @@
+"""SphereConv in one, two and three dimensions, and for fully connected layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spherify.errors import OptionError
+from spherify.functional.cosine import (
+    CONVOLUTIONS,
+    DEFAULT_EPS,
+    conv_cosine_and_type,
+    linear_cosine_and_type,
+    padding_at_both_ends,
+    per_axis,
+)
+from spherify.functional.responses import RESPONSES, checked_k, response_named
+
+Size = int | Sequence[int]
+
+
+def check_call(operator: str, k: float | Tensor | None, eps: float) -> None:
+    response = response_named(operator)
+    if not isinstance(k, Tensor):
+        checked_k(operator, k)
+        if response.default_k is not None and k is None:
+            raise OptionError(f"operator {operator!r} needs a k; give a number or a tensor.")
+    elif response.default_k is None:
+        raise OptionError(f"operator {operator!r} has no k; leave k out, or choose sigmoid or learnable.")
+    if not eps > 0:
+        raise OptionError(f"eps={eps!r} is not positive; without it a patch of zeros has no cosine.")
+
+
+def per_filter(value: Tensor, filters: int, trailing_dims: int, name: str) -> Tensor:
+    """(O,), (1,) or () shaped so that it broadcasts against (N, O, ...)."""
+    if value.numel() not in (1, filters):
+        raise OptionError(f"{name} has {value.numel()} numbers; give one, or one for each of the {filters} filters.")
+    return value.reshape(-1, *[1] * trailing_dims)
+
+
+def respond(
+    cosine: Tensor,
+    operator: str,
+    k: float | Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    filters: int,
+    trailing_dims: int,
+) -> Tensor:
+    """g(cosine) * gain + bias, filter by filter."""
+    if isinstance(k, Tensor):
+        k = per_filter(k, filters, trailing_dims, "k")
+    out = RESPONSES[operator].function(cosine, k)
+    if gain is not None:
+        out = out * per_filter(gain, filters, trailing_dims, "gain")
+    if bias is not None:
+        out = out + per_filter(bias, filters, trailing_dims, "bias")
+    return out
+
+
+def plain_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Size,
+    padding: str | Size,
+    dilation: Size,
+    groups: int,
+    padding_mode: str,
+) -> Tensor:
+    """What the ``nn.Conv`` twin computes, bit for bit."""
+    dims = weight.dim() - 2
+    if padding_mode != "zeros":
+        axes = (per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation"))
+        pads = padding_at_both_ends(padding, weight.shape[2:], *axes)
+        x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
+        padding = 0
+    return CONVOLUTIONS[dims](x, weight, bias, stride, padding, dilation, groups)
+
+
+def sphere_conv(
+    dims: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operator: str,
+    k: float | Tensor | None,
+    eps: float,
+    gain: Tensor | None,
+    window: dict,
+) -> Tensor:
+    """The one body behind ``sphere_conv1d``, ``sphere_conv2d`` and ``sphere_conv3d``."""
+    check_call(operator, k, eps)
+    if weight.dim() != dims + 2:
+        raise OptionError(f"sphere_conv{dims}d: the weight has {weight.dim()} dimensions, not {dims + 2}.")
+    if x.dim() == dims + 1:  # unbatched, as the plain convolution allows
+        return sphere_conv(dims, x[None], weight, bias, operator, k, eps, gain, window)[0]
+    if operator == "identity":
+        return plain_conv(x, weight, bias, **window)
+    cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
+    return respond(cosine, operator, k, gain, bias, weight.shape[0], dims).to(out_type)
+
+
+def sphere_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    operator: str = "cosine",
+    k: float | Tensor | None = None,
+    eps: float = DEFAULT_EPS,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Response of the angle between each patch and each filter: (N, C, L) to (N, O, Q).
+
+    Arguments as for ``sphere_conv2d``, with one spatial dimension.
+    """
+    window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode)
+    return sphere_conv(1, x, weight, bias, operator, k, eps, gain, window)
+
+
+def sphere_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    operator: str = "cosine",
+    k: float | Tensor | None = None,
+    eps: float = DEFAULT_EPS,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Response of the angle between each patch and each filter, ``g(theta) * gain + bias``.
+
+    A patch of zeros responds with 0 (before the bias) and has a gradient of at most ``1 / sqrt(eps)`` a unit.
+    Norms and angles are computed in float32 or wider, also under autocast; the convolution itself runs in the type
+    that autocast or the caller chose.
+
+    Args:
+        x: (N, C, H, W), or (C, H, W).
+        weight: (O, C/G, U, V). Only the direction of each filter matters.
+        bias: (O,).
+        stride, padding, dilation, groups: as in ``F.conv2d``. The patch norm is taken group by group.
+        padding_mode: zeros, reflect, replicate, circular, as in ``nn.Conv2d``.
+        operator: cosine, linear, sigmoid, learnable.
+        k: softness of sigmoid and learnable: a number in [1e-3, 1e3], or a tensor with one number or O numbers.
+        eps: added to both squared norms, inside the root; positive.
+        gain: (O,) or one number.
+
+    Returns:
+        (N, O, P, Q), in the type that ``F.conv2d`` returns; in [-1, 1] before gain and bias.
+
+    Raises:
+        OptionError: unknown operator, k out of range or not fitting, eps not positive.
+
+    Source: Liu et al. 2017, Deep Hyperspherical Learning, arXiv:1711.03189, eq. 1 to 4.
+    """
+    window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode)
+    return sphere_conv(2, x, weight, bias, operator, k, eps, gain, window)
+
+
+def sphere_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    operator: str = "cosine",
+    k: float | Tensor | None = None,
+    eps: float = DEFAULT_EPS,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Response of the angle between each patch and each filter: (N, C, T, H, W) to (N, O, S, P, Q).
+
+    Arguments as for ``sphere_conv2d``, with three spatial dimensions.
+    """
+    window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode)
+    return sphere_conv(3, x, weight, bias, operator, k, eps, gain, window)
+
+
+def sphere_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    operator: str = "cosine",
+    k: float | Tensor | None = None,
+    eps: float = DEFAULT_EPS,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """Response of the angle between each vector and each row of the weight, ``g(theta) * gain + bias``.
+
+    Args:
+        x: (..., D).
+        weight: (O, D).
+        bias, operator, k, eps, gain: as in ``sphere_conv2d``.
+
+    Returns:
+        (..., O), in the type that ``F.linear`` returns.
+
+    Raises:
+        OptionError: as in ``sphere_conv2d``.
+
+    Source: Liu et al. 2017, Deep Hyperspherical Learning, arXiv:1711.03189, eq. 1.
+    """
+    check_call(operator, k, eps)
+    if operator == "identity":
+        return F.linear(x, weight, bias)
+    cosine, out_type = linear_cosine_and_type(x, weight, eps)
+    return respond(cosine, operator, k, gain, bias, weight.shape[0], 0).to(out_type)

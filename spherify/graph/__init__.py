@@ -1,0 +1,1 @@
+"""Reading a model: one recorded run, and the facts about each of its layers."""

@@ -1,0 +1,213 @@
+"""Roles: what a layer is in its network, read from the graph and never from names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from spherify.graph.flow import (
+    ADD_NAMES,
+    CONV_FUNCTIONS,
+    DROPPING_NAMES,
+    REARRANGING_NAMES,
+    Flow,
+    input_node,
+    is_getitem,
+    is_layer_call,
+    name_of,
+    weight_node,
+)
+
+LIGHT_NAMES = (  # between a classifier and the model's output
+    REARRANGING_NAMES
+    | DROPPING_NAMES
+    | frozenset(
+        {
+            *("softmax", "log_softmax", "sigmoid", "relu", "relu_", "mean", "adaptive_avg_pool1d"),
+            *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "float", "half"),
+        }
+    )
+)
+MOST_SHORTCUT_PRODUCTS = 3  # a projection is one 1x1 conv, or a few with depthwise convs beside it
+
+
+@dataclass(frozen=True)
+class View:
+    """What a role may look at: the model, its layers by name, and the recorded runs."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    flows: tuple[Flow, ...]
+
+    def layer_of(self, node: fx.Node) -> str | None:
+        """Name of the layer whose own forward issued a conv or linear call."""
+        name = node.meta.get("module")
+        return name if name in self.modules else None
+
+
+def window_of(node: fx.Node) -> tuple[int, ...]:
+    """Kernel size of a conv call, () for a linear call."""
+    weight = weight_node(node)
+    return tuple(weight.meta["shape"][2:]) if weight is not None else ()
+
+
+def groups_of(node: fx.Node) -> int:
+    weight, source = weight_node(node), input_node(node)
+    if node.target not in CONV_FUNCTIONS or weight is None or source is None:
+        return 1
+    channels = source.meta["shape"][-1 - len(window_of(node))]
+    return channels // max(weight.meta["shape"][1], 1)
+
+
+def is_dense_1x1(node: fx.Node) -> bool:
+    return node.target in CONV_FUNCTIONS and groups_of(node) == 1 and all(size == 1 for size in window_of(node))
+
+
+def is_depthwise_call(node: fx.Node) -> bool:
+    weight = weight_node(node)
+    return groups_of(node) > 1 and weight is not None and weight.meta["shape"][1] == 1
+
+
+def stems(view: View) -> set[str]:
+    """The first layer on each path from an input: no other layer stands before it."""
+    found = set()
+    for flow in view.flows:
+        for call in flow.select(flow.layer_calls & flow.activations):
+            if not (flow.before(call) & flow.layer_calls & ~flow.mask([call])):
+                found.add(view.layer_of(call))
+    return {name for name in found if name is not None}
+
+
+def shortcuts(view: View) -> set[str]:
+    """The 1x1 convolution on the short side of a residual add."""
+    found = set()
+    for flow in view.flows:
+        for add in flow.nodes:
+            if name_of(add) in ADD_NAMES and len(flow.sources(add)) == 2:
+                found |= {view.layer_of(call) for call in projections_into(flow, add)}
+    return {name for name in found if name is not None}
+
+
+def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
+    """The dense 1x1 conv call on the short side of an add; [] where the add has no projection.
+
+    What both sides have in common is the block's input. Of what each side has for itself, the short one has fewer
+    products: one dense 1x1 convolution, beside it depthwise ones at most. The long side must have more, and must
+    not be an upsampled map (a feature pyramid adds its lateral to one). What the projection feeds must end in this
+    block's merges: an input that a whole cell goes on using is not a shortcut.
+    """
+    one, two = (flow.before(source) for source in flow.sources(add))
+    short, long = sorted((one & ~two, two & ~one), key=lambda mask: (mask & flow.products).bit_count())
+    products = flow.select(short & flow.products)
+    if not products or len(products) > MOST_SHORTCUT_PRODUCTS:
+        return []
+    dense = [node for node in products if is_dense_1x1(node)]
+    others = [node for node in products if node not in dense]
+    if len(dense) != 1 or not all(is_depthwise_call(node) for node in others):
+        return []
+    if (long & flow.products).bit_count() <= len(products):
+        return []
+    if not others and long & flow.resizes:
+        return []
+    return dense if ends_in_merges(flow, dense[0], add, long) else []
+
+
+def ends_in_merges(flow: Flow, call: fx.Node, add: fx.Node, long: int) -> bool:
+    """Every use of ``call`` ends, before any other product, in ``add`` or a merge with the same long side."""
+    waiting, seen = list(call.users), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node is add:
+            continue
+        if node.op == "output" or flow.has(flow.products, node):
+            return False
+        if flow.is_merge(node):
+            if not any(flow.before(source) & long for source in flow.sources(node)):
+                return False
+            continue
+        waiting += node.users
+    return add in seen
+
+
+def depthwise(view: View) -> set[str]:
+    """A convolution with as many groups as input channels, more than one."""
+    return {
+        name
+        for name, module in view.modules.items()
+        if isinstance(module, CONV_TYPES) and module.groups == module.in_channels > 1
+    }
+
+
+def pointwise(view: View) -> set[str]:
+    """A convolution with a 1x1 kernel and one group."""
+    return {
+        name
+        for name, module in view.modules.items()
+        if isinstance(module, CONV_TYPES) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
+    }
+
+
+def heads(view: View) -> set[str]:
+    """The classifier: what ``get_classifier`` returns, else the last layer before the model's (N, classes) output."""
+    if hasattr(view.model, "get_classifier"):
+        return classifiers_by_interface(view)
+    found: set[str] = set()
+    for flow in view.flows:
+        output = flow.nodes[-1]
+        for result in output.all_input_nodes:
+            if len(result.meta.get("shape", ())) == 2:
+                found |= classifiers_before(view, result)
+    return found
+
+
+def classifiers_by_interface(view: View) -> set[str]:
+    """timm's own word. Of a composite head, the layers as wide as the number of classes, else its last layer."""
+    given = view.model.get_classifier()  # type: ignore[operator]
+    waiting = list(given) if isinstance(given, (tuple, list)) else [given]
+    names = {id(module): name for name, module in view.modules.items()}
+    classes = getattr(view.model, "num_classes", None)
+    found: set[str] = set()
+    for module in waiting:
+        if not isinstance(module, nn.Module):
+            continue
+        inside = [part for part in module.modules() if id(part) in names]
+        wide = [part for part in inside if filters_of(part) == classes]
+        found |= {names[id(part)] for part in (wide or inside[-1:])}
+    return found
+
+
+def filters_of(module: nn.Module) -> int | None:
+    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+
+
+def classifiers_before(view: View, result: fx.Node) -> set[str]:
+    """Walk back from an output through operations without weights to the layers that made it."""
+    found: set[str] = set()
+    waiting = [result]
+    while waiting:
+        node = waiting.pop()
+        if is_layer_call(node):
+            name = view.layer_of(node)
+            found |= {name} if name is not None else set()
+        elif name_of(node) in LIGHT_NAMES or is_getitem(node):
+            waiting += node.all_input_nodes
+    return found
+
+
+CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+ROLES: dict[str, Callable[[View], set[str]]] = {
+    "@stem": stems,
+    "@shortcut": shortcuts,
+    "@depthwise": depthwise,
+    "@pointwise": pointwise,
+    "@head": heads,
+}
+
+assert F.conv2d in CONV_FUNCTIONS

@@ -1,0 +1,208 @@
+"""From recorded runs to sites: every layer with a weight, and its facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from spherify.graph.flow import Flow, is_batch_norm, is_layer_call, weight_node
+from spherify.graph.record import Recording
+from spherify.graph.roles import ROLES, View
+from spherify.graph.site import KINDS, Site
+
+LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+WEIGHT_HOLDERS: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
+NOT_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
+
+
+def names_by_object(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
+    """Every module object once, with all its names in the order of registration."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), (module, []))[1].append(name)
+    return found
+
+
+def survey(model: nn.Module, recordings: Sequence[Recording]) -> tuple[Site, ...]:
+    """Every site of a model, in the order in which its modules are registered.
+
+    A site is a conv or linear module, or any other module whose Parameter a conv or linear function multiplies by:
+    attention with a packed weight, a recurrent layer, a convolution with a routed weight.
+    """
+    objects = names_by_object(model)
+    flows = tuple(Flow(recording.graph) for recording in recordings)
+    readers = readers_of_weights(model, recordings, objects)
+    functional = {path for path, kinds in readers.items() if "layer" in kinds.values()}
+    layers = {
+        names[0]: module
+        for module, names in objects.values()
+        if isinstance(module, LAYER_TYPES + WEIGHT_HOLDERS) or names[0] in functional
+    }
+    view = View(model, {name: module for name, module in layers.items() if isinstance(module, LAYER_TYPES)}, flows)
+    roles = {role: find(view) for role, find in ROLES.items()}
+    aliases = {names[0]: tuple(names[1:]) for _, names in objects.values()}
+    fast_paths = weights_read_by_fast_paths(model)
+    return tuple(
+        make_site(
+            name,
+            module,
+            aliases=aliases[name],
+            recordings=recordings,
+            read_by=tuple(sorted({*readers.get(name, {}), *fast_paths.get(id(module), ())} - {name})),
+            followers=follower_paths(view, name),
+            roles=frozenset(role for role, found in roles.items() if name in found),
+        )
+        for name, module in layers.items()
+    )
+
+
+def make_site(
+    name: str,
+    module: nn.Module,
+    *,
+    aliases: tuple[str, ...],
+    recordings: Sequence[Recording],
+    read_by: tuple[str, ...],
+    followers: tuple[str | None, str | None],
+    roles: frozenset[str],
+) -> Site:
+    weight = main_weight(module)
+    shape = tuple(weight.shape) if weight is not None else ()
+    calls = {recording.training: recording.calls.get(name, 0) for recording in recordings}
+    return Site(
+        name=name,
+        aliases=aliases,
+        source_type=type(module),
+        kind=next((kind for base, kind in KINDS.items() if isinstance(module, base)), "other"),
+        shape=shape,
+        fan_in=math.prod(shape[1:]) if shape else 0,
+        groups=getattr(module, "groups", 1),
+        has_bias=isinstance(getattr(module, "bias", None), Tensor),
+        calls_eval=calls.get(False, 0),
+        calls_train=calls.get(True, 0),
+        read_by=read_by,
+        norm=followers[0],
+        activation=followers[1],
+        roles=roles,
+        obstacle=obstacle_in(module, weight),
+    )
+
+
+def main_weight(module: nn.Module) -> Tensor | None:
+    """The Parameter a site is known by: ``weight``, else its largest of two or more dimensions."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    return max(own, key=Tensor.numel, default=None)
+
+
+def obstacle_in(module: nn.Module, weight: Tensor | None) -> str | None:
+    """What stands in the way of converting this very object, whatever its type."""
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
+    if "weight" not in module._parameters and isinstance(module, LAYER_TYPES):
+        return "its weight is computed by a hook (weight_norm or spectral_norm); remove it first"
+    if "forward" in vars(module):
+        return "its forward was replaced on the object, and a conversion would lose that"
+    if weight is not None and not weight.is_floating_point():
+        return f"its weight is of type {weight.dtype}, and angles need floating-point numbers"
+    return None
+
+
+def readers_of_weights(
+    model: nn.Module,
+    recordings: Sequence[Recording],
+    objects: dict[int, tuple[nn.Module, list[str]]],
+) -> dict[str, dict[str, str]]:
+    """For each module, the modules that read its Parameters, and whether a "layer" function did or "other"."""
+    first_name = {id(module): names[0] for module, names in objects.values()}
+    owners: dict[str, list[str]] = {}
+    for module, names in objects.values():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() > 1:
+                full = f"{names[0]}.{key}" if names[0] else key
+                owners.setdefault(full, []).append(first_name[id(module)])
+    shared: dict[int, list[str]] = {}
+    for full, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(full)
+    same = {full: group for group in shared.values() for full in group}
+
+    readers: dict[str, dict[str, str]] = {}
+    for recording in recordings:
+        for node in recording.graph.nodes:
+            if node.op != "get_attr" or str(node.target) not in same:
+                continue
+            holders = {owner for full in same[str(node.target)] for owner in owners.get(full, ())}
+            for user in node.users:
+                reader = user.meta.get("module", "")
+                if reader in holders and isinstance(model.get_submodule(reader), LAYER_TYPES):
+                    continue  # the layer's own forward, or that of one tied to it
+                kind = "layer" if multiplies_by(node, user) else "other"
+                for holder in holders:
+                    known = readers.setdefault(holder, {})
+                    known[reader] = "layer" if "layer" in (kind, known.get(reader)) else kind
+    return readers
+
+
+def multiplies_by(weight: fx.Node, user: fx.Node) -> bool:
+    """A conv or linear function takes the weight, directly or after something else of the same module changed it."""
+    waiting, seen = [(weight, user)], set()
+    while waiting:
+        source, node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if is_layer_call(node):
+            if weight_node(node) is source:
+                return True
+            continue
+        if node.meta.get("module") == user.meta.get("module"):
+            waiting += [(node, following) for following in node.users]
+    return False
+
+
+def weights_read_by_fast_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """``nn.TransformerEncoderLayer`` reads its layers' weights itself in eval mode; no recording shows that."""
+    found: dict[int, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for part in (module.linear1, module.linear2, module.self_attn.out_proj):
+                found[id(part)] = (path,)
+    return found
+
+
+def follower_paths(view: View, name: str) -> tuple[str | None, str | None]:
+    """Paths of the BatchNorm and of the activation behind a layer, where every call of it is followed alike."""
+    norms: set[str | None] = set()
+    activations: set[str | None] = set()
+    for flow in view.flows:
+        for call in flow.select(flow.layer_calls):
+            if view.layer_of(call) != name:
+                continue
+            consumer = flow.sole_consumer(call)
+            norm = consumer if consumer is not None and is_batch_norm(consumer) else None
+            norms.add(norm.meta["module"] if norm is not None else None)
+            after = consumer if norm is None else flow.sole_consumer(norm)
+            activations.add(activation_path(view.model, after))
+    return only(norms), only(activations)
+
+
+def activation_path(model: nn.Module, node: fx.Node | None) -> str | None:
+    path = node.meta.get("module") if node is not None else None
+    return path if path and is_activation(model.get_submodule(path)) else None
+
+
+def is_activation(module: nn.Module) -> bool:
+    """One of torch's or timm's activation modules."""
+    return type(module).__module__.startswith(ACTIVATION_MODULES) and not isinstance(module, NOT_ACTIVATIONS)
+
+
+def only(values: Iterable[str | None]) -> str | None:
+    """The single value, or None where there are several or none."""
+    distinct = set(values)
+    return distinct.pop() if len(distinct) == 1 else None

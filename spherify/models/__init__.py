@@ -1,0 +1,1 @@
+"""Where models come from: names, builders, checkpoints, and an input to try them with."""

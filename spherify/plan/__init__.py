@@ -1,0 +1,1 @@
+"""Deciding: which layers are converted, which are kept, by which rule, and why."""

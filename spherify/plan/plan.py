@@ -1,0 +1,272 @@
+"""The plan: for each site what happens to it, as data that prints, goes to JSON, and is applied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spherify.errors import SpherifyError
+from spherify.graph.site import Site
+from spherify.plan.options import Options
+from spherify.plan.rules import RULES, Question, Rule, Verdict
+from spherify.plan.selectors import check_selectors
+from spherify.plan.table import as_text
+
+SUMMARY_KEYS = {"convert": "converted", "keep": "kept", "unsupported": "unsupported"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to one site.
+
+    Attributes:
+        has_gain: the converted layer learns a gain.
+        adds_bias: it is given a bias that it did not have.
+        drops_bias: its bias is taken away.
+    """
+
+    site: Site
+    action: str
+    rule: str
+    reason: str
+    has_gain: bool = False
+    adds_bias: bool = False
+    drops_bias: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry of ``layers`` in the JSON object."""
+        return {
+            "name": self.site.name,
+            "aliases": list(self.site.aliases),
+            "type": self.site.type,
+            "shape": list(self.site.shape),
+            "fan_in": self.site.fan_in,
+            "roles": sorted(self.site.roles),
+            "action": self.action,
+            "rule": self.rule,
+            "reason": self.reason,
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """``to_dict`` and every other fact, for ``config.json``."""
+        site = self.site
+        return {
+            **self.to_dict(),
+            "kind": site.kind,
+            "groups": site.groups,
+            "has_bias": site.has_bias,
+            "calls": [site.calls_eval, site.calls_train],
+            "read_by": list(site.read_by),
+            "norm": site.norm,
+            "activation": site.activation,
+            "obstacle": site.obstacle,
+            "has_gain": self.has_gain,
+            "adds_bias": self.adds_bias,
+            "drops_bias": self.drops_bias,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], type_of: Callable[[str], type[nn.Module]]) -> Decision:
+        site = Site(
+            name=record["name"],
+            aliases=tuple(record["aliases"]),
+            source_type=type_of(record["name"]),
+            kind=record["kind"],
+            shape=tuple(record["shape"]),
+            fan_in=record["fan_in"],
+            groups=record["groups"],
+            has_bias=record["has_bias"],
+            calls_eval=record["calls"][0],
+            calls_train=record["calls"][1],
+            read_by=tuple(record["read_by"]),
+            norm=record["norm"],
+            activation=record["activation"],
+            roles=frozenset(record["roles"]),
+            obstacle=record["obstacle"],
+        )
+        return cls(
+            site=site,
+            **{key: record[key] for key in ("action", "rule", "reason", "has_gain", "adds_bias", "drops_bias")},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a conversion will do. Nothing is changed until it is applied.
+
+    Attributes:
+        model: what the model is called, ``timm:resnet18`` or the name of its class.
+        decisions: one for each site, in the order of the model's modules.
+        removed_norms, removed_activations: paths of modules that become the identity.
+        notes: what the user should know and no layer's row says.
+    """
+
+    model: str
+    options: Options
+    decisions: tuple[Decision, ...]
+    removed_norms: tuple[str, ...] = ()
+    removed_activations: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    carry_out: Callable[..., nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        return tuple(decision for decision in self.decisions if decision.action == "convert")
+
+    def summary(self) -> dict[str, int]:
+        """How many sites are converted, kept, unsupported."""
+        counts = Counter(decision.action for decision in self.decisions)
+        return {key: counts[action] for action, key in SUMMARY_KEYS.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that ``--json`` prints."""
+        return {
+            "model": self.model,
+            "options": self.options.to_dict(),
+            "summary": self.summary(),
+            "layers": [decision.to_dict() for decision in self.decisions],
+        }
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything but the hand that carries it out, for ``config.json``."""
+        return {
+            "model": self.model,
+            "options": self.options.to_dict(),
+            "layers": [decision.to_record() for decision in self.decisions],
+            "removed_norms": list(self.removed_norms),
+            "removed_activations": list(self.removed_activations),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], type_of: Callable[[str], type[nn.Module]]) -> Plan:
+        """The plan a folder holds.
+
+        Args:
+            type_of: the class of a layer, by its name, in the plain model.
+
+        Raises:
+            OptionError: an option this version does not know.
+        """
+        return cls(
+            model=record["model"],
+            options=Options.from_dict(record["options"]),
+            decisions=tuple(Decision.from_record(layer, type_of) for layer in record["layers"]),
+            removed_norms=tuple(record["removed_norms"]),
+            removed_activations=tuple(record["removed_activations"]),
+            notes=tuple(record["notes"]),
+        )
+
+    def apply(self, model: nn.Module | None = None, *, inplace: bool = False) -> nn.Module:
+        """Carry the plan out on ``model`` (default: the one it was made for) and verify it.
+
+        Returns:
+            The converted copy, or the model itself with ``inplace``.
+
+        Raises:
+            SpherifyError: the plan was not made by ``spherify.plan``; and what ``spherify`` raises.
+        """
+        if self.carry_out is None:
+            raise SpherifyError("this plan is bound to no model; make it with spherify.plan(model, ...).")
+        return self.carry_out(model, inplace=inplace)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def draft(
+    sites: Sequence[Site],
+    options: Options,
+    *,
+    model: str,
+    convertible: Collection[type[nn.Module]],
+    rules: Sequence[Rule] = RULES,
+) -> Plan:
+    """Ask the rules about every site.
+
+    Args:
+        convertible: the exact types for which there is a converted twin.
+        rules: asked in order; the first verdict stands.
+
+    Raises:
+        OptionError: a selector matches no site.
+    """
+    check_selectors((*options.include, *options.exclude), sites)
+    decisions = tuple(decide(Question(site, options, convertible), rules) for site in sites)
+    norms, activations = removals(decisions, options)
+    return Plan(
+        model=model,
+        options=options,
+        decisions=decisions,
+        removed_norms=norms,
+        removed_activations=activations,
+        notes=notes_on(decisions, options),
+    )
+
+
+def decide(question: Question, rules: Sequence[Rule]) -> Decision:
+    verdict = next(verdict for rule in rules if (verdict := rule(question)) is not None)
+    if verdict.action != "convert":
+        return Decision(site=question.site, action=verdict.action, rule=verdict.rule, reason=verdict.reason)
+    return conversion(question.site, question.options, verdict)
+
+
+def conversion(site: Site, options: Options, verdict: Verdict) -> Decision:
+    """A verdict to convert, completed by what becomes of gain, bias, norm and activation."""
+    norm = site.norm if options.norm == "keep" else None
+    has_gain = options.gain == "learned" or (options.gain == "auto" and norm is None)
+    drops_bias = options.bias == "drop" and site.has_bias
+    words = [verdict.reason] if verdict.reason else []
+    if norm is not None:
+        words.append(f"BatchNorm {norm} follows")
+    elif site.norm is not None:
+        words.append(f"BatchNorm {site.norm} removed")
+    else:
+        words.append("no BatchNorm follows")
+    if has_gain:
+        words.append("gain learned" if options.bias == "drop" else "gain and bias learned")
+    if drops_bias:
+        words.append("bias dropped")
+    if options.activation == "remove" and site.activation is not None:
+        words.append(f"activation {site.activation} removed")
+    return Decision(
+        site=site,
+        action=verdict.action,
+        rule=verdict.rule,
+        reason="; ".join(words),
+        has_gain=has_gain,
+        drops_bias=drops_bias,
+        adds_bias=has_gain and not site.has_bias and options.bias == "keep",
+    )
+
+
+def removals(decisions: Sequence[Decision], options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Paths of the BatchNorms and of the activations that the options take away, each once."""
+    sites = [decision.site for decision in decisions if decision.action == "convert"]
+    norms = [site.norm for site in sites if site.norm is not None and options.norm == "remove"]
+    activations = [site.activation for site in sites if site.activation is not None and options.activation == "remove"]
+    return tuple(dict.fromkeys(norms)), tuple(dict.fromkeys(activations))
+
+
+def notes_on(decisions: Sequence[Decision], options: Options) -> tuple[str, ...]:
+    """Options that had nothing to act on, and a model without a classifier: said, not passed over."""
+    sites = [decision.site for decision in decisions]
+    converted = [decision.site for decision in decisions if decision.action == "convert"]
+    notes = []
+    if options.skip_shortcuts and not any("@shortcut" in site.roles for site in sites):
+        notes.append("skip_shortcuts: this model has no 1x1 shortcut.")
+    if not any("@head" in site.roles for site in sites):
+        notes.append("No classifier was found: the model ends without one, and every layer counts as body.")
+    if not options.linear and not any(site.kind == "linear" for site in sites):
+        notes.append("linear=false: this model has no linear layer.")
+    if options.bias == "drop" and not any(site.has_bias for site in converted):
+        notes.append("bias=drop: no converted layer has a bias.")
+    if options.norm == "remove" and not any(site.norm for site in converted):
+        notes.append("norm=remove: no converted layer is followed by a BatchNorm.")
+    if options.activation == "remove" and not any(site.activation for site in converted):
+        notes.append("activation=remove: no converted layer is followed by an activation module.")
+    return tuple(notes)

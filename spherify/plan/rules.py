@@ -1,0 +1,126 @@
+"""The rules that decide about a site, in the order in which they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from spherify.graph.site import Site
+from spherify.plan.options import Options
+from spherify.plan.selectors import matches
+
+Action = Literal["convert", "keep", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to a site, by which rule, and the reason in words."""
+
+    action: Action
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One site, the user's options, and the exact types that can be converted."""
+
+    site: Site
+    options: Options
+    convertible: Collection[type[nn.Module]]
+
+
+Rule = Callable[[Question], Verdict | None]  # None: no opinion
+
+
+def keep_what_is_excluded(question: Question) -> Verdict | None:
+    for selector in question.options.exclude:
+        if matches(selector, question.site):
+            return Verdict("keep", "exclude", f"excluded by {selector}")
+    return None
+
+
+def keep_what_is_not_included(question: Question) -> Verdict | None:
+    include = question.options.include
+    if include and not any(matches(selector, question.site) for selector in include):
+        return Verdict("keep", "include", "not among those included")
+    return None
+
+
+def keep_the_head(question: Question) -> Verdict | None:
+    if "@head" in question.site.roles and question.options.head == "keep":
+        return Verdict("keep", "head", "the classifier; head=keep")
+    return None
+
+
+def keep_shortcuts(question: Question) -> Verdict | None:
+    if "@shortcut" in question.site.roles and question.options.skip_shortcuts:
+        return Verdict("keep", "shortcut", "1x1 projection on the short side of a residual add")
+    return None
+
+
+def keep_linear_layers(question: Question) -> Verdict | None:
+    if question.site.kind == "linear" and not question.options.linear:
+        return Verdict("keep", "linear", "a linear layer; linear=false")
+    return None
+
+
+def refuse_weights_read_elsewhere(question: Question) -> Verdict | None:
+    site = question.site
+    if not site.read_by or site.kind == "other":
+        return None
+    readers = ", ".join(repr(path) if path else "the model itself" for path in site.read_by[:2])
+    more = f" and {len(site.read_by) - 2} more" if len(site.read_by) > 2 else ""
+    return Verdict("unsupported", "functional", f"its weight is read by {readers}{more}, past its own forward")
+
+
+def keep_what_never_runs(question: Question) -> Verdict | None:
+    site = question.site
+    if site.calls_eval == site.calls_train == 0:
+        return Verdict("keep", "unused", "runs neither in eval nor in train mode")
+    return None
+
+
+def refuse_objects_with_obstacles(question: Question) -> Verdict | None:
+    if question.site.obstacle is not None:
+        return Verdict("unsupported", "obstacle", question.site.obstacle)
+    return None
+
+
+def refuse_unknown_types(question: Question) -> Verdict | None:
+    site = question.site
+    if site.source_type in question.convertible:
+        return None
+    if issubclass(site.source_type, nn.modules.conv._ConvTransposeNd):
+        return Verdict("unsupported", "type", f"{site.type} has no patch: each input is spread over many outputs")
+    if site.kind == "other":
+        return Verdict("unsupported", "type", f"{site.type} multiplies by its weight in a forward of its own")
+    return Verdict("unsupported", "type", f"{site.type} may compute something else than its parent class")
+
+
+def keep_single_numbers(question: Question) -> Verdict | None:
+    if question.site.fan_in <= 1:
+        return Verdict("keep", "fan-in", "fan-in 1: every angle would be 0 or pi")
+    return None
+
+
+def convert_the_body(question: Question) -> Verdict:
+    return Verdict("convert", "body", "")
+
+
+RULES: tuple[Rule, ...] = (  # the first verdict stands
+    keep_what_is_excluded,
+    keep_what_is_not_included,
+    keep_the_head,
+    keep_shortcuts,
+    keep_linear_layers,
+    refuse_weights_read_elsewhere,
+    keep_what_never_runs,
+    refuse_objects_with_obstacles,
+    refuse_unknown_types,
+    keep_single_numbers,
+    convert_the_body,
+)
