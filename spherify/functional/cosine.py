@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,34 @@ from spherify.errors import OptionError
 DEFAULT_EPS = 1e-4  # added to squared norms, inside the root, as in the authors' code
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Widen(torch.autograd.Function):
+    """A cast to a wider type whose gradient comes back at the largest number of the narrow type, not as infinity.
+
+    The gradient by the product of a patch of zeros is up to ``slope sqrt(fan_in / eps)``, which float16 cannot hold
+    for a steep response; what it becomes one step further, by the input, float16 can.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, wide: torch.dtype) -> Tensor:
+        return x.to(wide)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.narrow = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        largest = torch.finfo(ctx.narrow).max
+        return gradient.clamp(-largest, largest).to(ctx.narrow), None
+
+
+def widen(product: Tensor, wide: torch.dtype) -> Tensor:
+    """``product`` in a type of at least ``wide``; only float16 has a range so narrow that it needs care."""
+    return Widen.apply(product, wide) if product.dtype == torch.float16 else product.to(wide)
 
 
 def unit_filters(weight: Tensor, *, eps: float = DEFAULT_EPS) -> tuple[Tensor, float]:
@@ -146,7 +175,7 @@ def conv_cosine_and_type(
     inverse_norm = torch.rsqrt(energy + eps) * power  # (N, G, P, Q)
 
     out_type = product.dtype
-    product = product.to(inverse_norm.dtype)
+    product = widen(product, inverse_norm.dtype)
     filters = weight.shape[0]
     if groups in (1, filters):
         return product * inverse_norm, out_type
@@ -188,7 +217,7 @@ def linear_cosine_and_type(x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     product = F.linear(x, unit)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse_norm = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
-    return product.to(inverse_norm.dtype) * inverse_norm, product.dtype
+    return widen(product, inverse_norm.dtype) * inverse_norm, product.dtype
 
 
 def linear_cosine(x: Tensor, weight: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:

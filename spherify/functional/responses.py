@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from spherify.errors import OptionError
 
 K_MIN, K_MAX = 1e-3, 1e3  # below, the sigmoid is a step in any float; above, it is the linear response
+
+QUADRATURE_POINTS = 1000
 
 K = float | Tensor | None
 KShared = Literal["filter", "layer", "network"]
@@ -106,6 +109,14 @@ class Response:
         """Derivative by the cosine at theta = pi/2, where the cosines of a random patch lie."""
         return float(self.slope(torch.zeros((), dtype=torch.float64), k))
 
+    def spread(self, k: float | None, fan_in: int) -> float:
+        """Standard deviation of the response to a patch of random direction.
+
+        The angle between a fixed and a random direction in D dimensions has a density proportional to
+        ``sin(theta) ** (D - 2)``; this is its quadrature.
+        """
+        return spread_of(self.name, k, max(fan_in, 2))
+
 
 RESPONSES: dict[str, Response] = {
     entry.name: entry
@@ -146,6 +157,16 @@ RESPONSES: dict[str, Response] = {
         ),
     )
 }
+
+
+@functools.lru_cache(maxsize=4096)
+def spread_of(operator: str, k: float | None, fan_in: int) -> float:
+    reach = min(math.pi / 2, 12.0 / math.sqrt(fan_in))  # beyond twelve standard deviations there is nothing
+    step = reach / QUADRATURE_POINTS
+    latitude = (torch.arange(QUADRATURE_POINTS, dtype=torch.float64) + 0.5) * step  # pi/2 - theta
+    density = torch.exp((fan_in - 2) * torch.log(torch.cos(latitude)))
+    response = RESPONSES[operator].function(torch.sin(latitude), k)
+    return float(((density * response.square()).sum() / density.sum()).sqrt())
 
 
 def response_named(operator: str) -> Response:

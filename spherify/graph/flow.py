@@ -118,6 +118,14 @@ class Flow:
         """An add or a concatenation of at least two activations."""
         return name_of(node) in ADD_NAMES | CAT_NAMES and len(self.sources(node)) > 1
 
+    def longest_chain(self, counted: int, inside: int) -> int:
+        """How many nodes of ``counted`` at most follow one another inside a set."""
+        lengths: dict[fx.Node, int] = {}
+        for node in self.select(inside):
+            before = max((lengths.get(source, 0) for source in node.all_input_nodes), default=0)
+            lengths[node] = before + self.has(counted, node)
+        return max(lengths.values(), default=0)
+
     def sole_consumer(self, node: fx.Node, through: frozenset[str] = REARRANGING_NAMES) -> fx.Node | None:
         """The only node that computes with a node's result, looked for behind pure rearrangements."""
         while True:

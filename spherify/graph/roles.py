@@ -95,9 +95,10 @@ def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
     """The dense 1x1 conv call on the short side of an add; [] where the add has no projection.
 
     What both sides have in common is the block's input. Of what each side has for itself, the short one has fewer
-    products: one dense 1x1 convolution, beside it depthwise ones at most. The long side must have more, and must
-    not be an upsampled map (a feature pyramid adds its lateral to one). What the projection feeds must end in this
-    block's merges: an input that a whole cell goes on using is not a shortcut.
+    products: one dense 1x1 convolution, beside it depthwise ones at most. The long side must have more, one after the
+    other (a sum of parallel branches, as in MobileOne, has them side by side), and must not be an upsampled map (a
+    feature pyramid adds its lateral to one). What the projection feeds must end in this block's merges: an input that
+    a whole cell goes on using is not a shortcut.
     """
     one, two = (flow.before(source) for source in flow.sources(add))
     short, long = sorted((one & ~two, two & ~one), key=lambda mask: (mask & flow.products).bit_count())
@@ -109,6 +110,8 @@ def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
     if len(dense) != 1 or not all(is_depthwise_call(node) for node in others):
         return []
     if (long & flow.products).bit_count() <= len(products):
+        return []
+    if flow.longest_chain(flow.products, long) <= flow.longest_chain(flow.products, short):
         return []
     if not others and long & flow.resizes:
         return []

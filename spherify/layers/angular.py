@@ -105,11 +105,11 @@ class AngularLayer(nn.Module):
     def matching_gain(self, operator: str, k: float | None) -> Tensor:
         """(O,): the gain with which the output has the scale of the inner product it replaces.
 
-        For an input of unit variance ``|x|`` is about ``sqrt(fan_in)``, and near the equator, where the cosines of
-        random patches lie, the response is ``slope * cosine``: so ``gain = |w| sqrt(fan_in) / slope``.
+        For an input of unit variance the inner product has the standard deviation ``|w|``; the response to a
+        patch of random direction has the one that ``Response.spread`` computes. The gain is their ratio.
         """
         weight = self.weight.flatten(1).to(torch.promote_types(self.weight.dtype, torch.float32))
-        gain = weight.norm(dim=1) * (math.sqrt(weight.shape[1]) / response_named(operator).slope_at_equator(k))
+        gain = weight.norm(dim=1) / response_named(operator).spread(k, weight.shape[1])
         return gain.to(self.weight.dtype)
 
     @property
