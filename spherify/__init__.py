@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from spherify.export.folder import load, save
     from spherify.plan.options import Options
     from spherify.plan.plan import Plan
+    from spherify.rewrite.swaps import register_twin
 
 HOMES = {
     "spherify": "spherify.convert",
     "plan": "spherify.convert",
     "unspherify": "spherify.convert",
+    "register_twin": "spherify.rewrite.swaps",
     "save": "spherify.export.folder",
     "load": "spherify.export.folder",
     "Options": "spherify.plan.options",
@@ -56,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *HOMES, *ROOMS])
+    return sorted({*globals(), *HOMES, *ROOMS})
 
 
 sys.modules[__name__].__class__ = Face
@@ -74,6 +76,7 @@ __all__ = [
     "layers",
     "load",
     "plan",
+    "register_twin",
     "save",
     "spherify",
     "unspherify",

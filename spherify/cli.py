@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,6 @@ COMPLETION = "_SPHERIFY_COMPLETE"
 app = typer.Typer(
     name="spherify",
     help="Rebuild torchvision and timm networks on angles: spherify MODEL [OPTIONS].",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -110,13 +110,14 @@ def convert(
     )
     converted = report.apply(inplace=True)
     messages = Console(stderr=True, soft_wrap=True)
+    if not dry_run:  # before anything is printed: `| head` must not keep it from being written
+        save(converted, folder)
     if as_json:
         for note in report.notes:
             messages.print(f"note: {note}", markup=False)
     else:
         print_plan(report, terminal())
     if not dry_run:
-        save(converted, folder)
         size = (folder / "model.safetensors").stat().st_size / 1e6
         place = messages if as_json else terminal()
         place.print(f"Wrote {folder}: model.safetensors ({size:.1f} MB), config.json", markup=False, highlight=False)
@@ -184,7 +185,7 @@ def with_default_command(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the command line; exit 0 done, 1 failed, 2 called wrongly, with one line on standard error."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] or ["--help"]
     if COMPLETION in os.environ:
         app(prog_name="spherify")
     try:
@@ -193,14 +194,16 @@ def main() -> None:
             print()
             app(["convert", "--help"], prog_name="spherify", standalone_mode=False)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # some parsers make the first into the second
         sys.exit(130)
-    except BrokenPipeError:  # the reader, head or less, has seen enough
+    except (BrokenPipeError, SystemExit) as error:  # rich and the parser make the first into the second
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(0)  # the reader, head or less, has seen enough
     except Exception as error:
         if "--debug" in arguments:
-            raise
+            traceback.print_exc()
         sys.exit(report_error(error))
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -208,7 +211,7 @@ def main() -> None:
 def report_error(error: Exception) -> int:
     """One line on standard error; the exit code."""
     if hasattr(error, "format_message"):  # the parser's own errors, whichever parser typer has inside
-        text, code = f"{error.format_message()} See `spherify --help`.", 2
+        text, code = f"{error.format_message().rstrip('.')}. See `spherify --help`.", 2
     elif isinstance(error, SpherifyError):
         text, code = str(error), 2 if isinstance(error, OptionError) else 1
     else:

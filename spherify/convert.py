@@ -13,19 +13,17 @@ from torch import nn
 
 from spherify.errors import ModelError, OptionError
 from spherify.functional.cosine import DEFAULT_EPS
-from spherify.graph.record import Inputs, Recording, record, record_both
+from spherify.graph.record import Inputs, Recording, one_line, record_both
 from spherify.graph.survey import survey
 from spherify.models.checkpoint import load_checkpoint_
 from spherify.models.inputs import candidate_inputs
-from spherify.models.resolve import Source, build, resolve
+from spherify.models.resolve import SOURCE, Source, build, resolve
 from spherify.plan.options import Options
 from spherify.plan.plan import Plan, draft
 from spherify.rewrite.apply import apply_, undo_
 from spherify.rewrite.refusals import check_model
 from spherify.rewrite.swaps import SWAPS
 from spherify.rewrite.verify import check_that_something_is_converted, verify
-
-SOURCE = "spherify_source"  # attribute of a converted model: how its plain base was built
 
 
 def spherify(
@@ -136,7 +134,7 @@ def plan(
     inputs, recordings = first_run(model, example_input)
     sites = survey(model, recordings)
     label = type(model).__name__ if source is None else source.label
-    report = draft(sites, chosen, model=label, convertible=SWAPS.keys())
+    report = draft(sites, chosen, model=label, converts=SWAPS.converts)
     if len(recordings) == 1:
         note = "Train mode could not be recorded (it may need targets): layers that run in it alone count as unused."
         report = replace(report, notes=(*report.notes, note))
@@ -164,11 +162,9 @@ def first_run(model: nn.Module, example_input: Any) -> tuple[Inputs, tuple[Recor
     for device in ("meta", "cpu"):
         for inputs in candidates:
             try:
-                record(model, inputs, training=False, devices=(device,))
+                return inputs, record_both(model, inputs, devices=(device,))
             except ModelError as error:
                 failures.append(error)
-                continue
-            return inputs, record_both(model, inputs)
     raise failures[0]
 
 
@@ -186,7 +182,7 @@ def bound(
     def carry_out(target: nn.Module | None = None, *, inplace: bool = False) -> nn.Module:
         check_that_something_is_converted(report)
         target = check_model(model if target is None else target)
-        converted = target if inplace else copy.deepcopy(target)
+        converted = target if inplace else copy_of(target)
         try:
             apply_(converted, report)
             verify(converted, report, recordings, inputs)
@@ -200,6 +196,13 @@ def bound(
     return replace(report, carry_out=carry_out)
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a model's own attributes may raise anything
+        raise ModelError(f"{type(model).__name__} cannot be copied ({one_line(error)}); pass inplace=True.") from error
+
+
 def unspherify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Take a conversion back: plain layers with the same Parameters, outputs as before bit for bit.
 
@@ -209,10 +212,10 @@ def unspherify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: restore ``model`` itself instead of a copy.
 
     Raises:
-        ModelError: nothing in the model was converted.
+        ModelError: nothing in the model was converted, or it cannot be copied.
         RewriteError: a bias or norm that the conversion removed was not saved with the folder it was loaded from.
     """
-    restored = model if inplace else copy.deepcopy(model)
+    restored = model if inplace else copy_of(model)
     if undo_(restored) == 0:
         raise ModelError(f"{type(model).__name__} has no converted layer, so there is nothing to take back.")
     restored.__dict__.pop(SOURCE, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -22,7 +23,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Files in the old folder that the new one does not have are carried over. The new folder stands beside the old one
     until the very last step, which is one rename. What a killed process left behind is cleared by the next call.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link to a folder stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
@@ -45,9 +46,10 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what processes that no longer run left beside ``folder``, unless it is all there is."""
     if not folder.exists():
         return
-    for leftover in folder.parent.glob(f".{folder.name}.new-*-*"):
-        owner = leftover.name.split("-")[-2]
-        if owner.isdigit() and not is_running(int(owner)):
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.new-(\d+)-[0-9a-f]{{8}}(-old)?")
+    for leftover in folder.parent.iterdir():
+        owner = ours.fullmatch(leftover.name)
+        if owner and not is_running(int(owner[1])):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -104,7 +106,11 @@ def exchange(new: Path, old: Path) -> None:
         return
     aside = new.with_name(f"{new.name}-old")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     aside.rename(new)
 
 

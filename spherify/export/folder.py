@@ -6,26 +6,22 @@ import contextlib
 import copy
 import hashlib
 import json
-import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from spherify.convert import SOURCE
 from spherify.errors import FileError, OptionError
 from spherify.export.atomic import replacing_folder
+from spherify.export.describe import plan_as_it_stands, source_for
 from spherify.functional.responses import K_MAX, K_MIN
-from spherify.layers.angular import AngularLayer
-from spherify.layers.removed import Removed
-from spherify.models.resolve import CUSTOM, Source, build, has_model, source_of, version_of
+from spherify.models.resolve import CUSTOM, SOURCE, Source, build, has_model, version_of
 from spherify.plan.plan import Plan
-from spherify.rewrite.apply import apply_, conversion_of, in_short, misfits
-from spherify.rewrite.swaps import ORIGIN
+from spherify.rewrite.apply import CONVERSION, apply_, conversion_of, in_short, misfits
 from spherify.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -50,9 +46,8 @@ def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | No
         FileError: the disk refused, or the model has state that is no tensor.
     """
     folder = Path(folder)
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
-        model = inner
-    plan = conversion_of(model)
+    model = unwrapped(model)
+    plan = plan_as_it_stands(model, conversion_of(model))
     check_target(folder)
     source = source_for(model, arguments)
     tensors, ties = tensors_to_write(model)
@@ -62,18 +57,31 @@ def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | No
             config = config_of(plan, source, ties, new / WEIGHTS)
             (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read
-    except OSError as error:
-        raise FileError(
-            f"{folder} could not be written ({error.strerror or error}); what was there is unchanged."
-        ) from error
+    except (OSError, safetensors.SafetensorError) as error:
+        text = getattr(error, "strerror", None) or error
+        raise FileError(f"{folder} could not be written ({text}); what was there is unchanged.") from error
     return folder
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The converted model inside DDP, torch.compile and the like; a model's own ``module`` is no wrapping."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if CONVERSION in inner.__dict__:
+            return inner
+        inner = getattr(inner, "_orig_mod", getattr(inner, "module", None))
+    return model
+
+
 def check_target(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"{folder} is a file; give a folder to write to.")
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
-        raise OptionError(f"{folder} holds something else than a converted model; give a new folder.")
+    """Raises OptionError unless the folder is new, empty, or a converted model."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OptionError(f"{folder} is a file; give a folder to write to.")
+        if folder.is_dir() and any(folder.iterdir()) and not is_ours(folder):
+            raise OptionError(f"{folder} holds something else than a converted model; give a new folder.")
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be written to ({error.strerror or error}); give another folder.") from None
 
 
 def is_ours(folder: Path) -> bool:
@@ -139,61 +147,6 @@ def tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     return tensors, ties
 
 
-def source_for(model: nn.Module, arguments: dict[str, Any] | None) -> Source:
-    """How the base is built, if building it so gives this very structure; else it is the user's own model."""
-    source = model.__dict__.get(SOURCE) or source_of(model)
-    given = {**source.arguments, **(arguments or {})}
-    try:
-        json.dumps(given)
-    except TypeError as error:
-        raise OptionError(f"arguments {given} cannot be written to {CONFIG} ({error}); give plain values.") from None
-    classes = getattr(model, "num_classes", None)
-    if source.library == "timm" and arguments is None and isinstance(classes, int):
-        given["num_classes"] = classes
-    source = Source(source.library, source.name, source.version, given)
-    if source.library == CUSTOM:
-        return source
-    difference = first_difference(model, plain_base(source))
-    if difference is None:
-        return source
-    warnings.warn(
-        f"{source.label} built with {given} is not this model: {difference}. It is saved as a model of your own; "
-        "pass arguments=... to save, or base=... to load.",
-        stacklevel=3,
-    )
-    kind = type(model)
-    return Source(CUSTOM, f"{kind.__module__}.{kind.__qualname__}", "")
-
-
-def plain_base(source: Source) -> nn.Module:
-    try:
-        return build(source, device="meta")
-    except OptionError:  # some builders compute with tensors
-        return build(source)
-
-
-def first_difference(model: nn.Module, base: nn.Module) -> str | None:
-    """Where the structure of a converted model differs from that of a plain one, in words."""
-    mine, theirs = dict(structure_of(model)), dict(structure_of(base))
-    for path in [*mine, *theirs]:
-        if mine.get(path) != theirs.get(path):
-            return f"{path or 'the model'} is {mine.get(path, 'missing')}, not {theirs.get(path, 'missing')}"
-    return None
-
-
-def structure_of(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Path and printed form of each module as it is in the plain model, without its biases."""
-    for path, module in model.named_modules():
-        kind: type[nn.Module] = type(module)
-        if isinstance(module, Removed):
-            kind, words = module.source_type, module.source_words
-        else:
-            if isinstance(module, AngularLayer) and hasattr(module, ORIGIN):
-                kind = getattr(module, ORIGIN).source_type
-            words = kind.extra_repr(module)
-        yield path, f"{kind.__name__}({re.sub(r',? ?bias=(True|False)', '', words)})"
-
-
 def load(folder: str | Path, *, base: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Rebuild a saved model: the plain base, the recorded conversions, every weight.
 
@@ -257,7 +210,9 @@ def read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         raise FileError(f"{path} has {size} bytes, not the {expected['bytes']} saved; it was cut short or replaced.")
     if digest_of(path) != expected["sha256"]:
         raise FileError(f"{path} is damaged: its contents are not those saved.")
-    return safetensors.torch.load_file(path)
+    packed = safetensors.torch.load_file(path)
+    # In the file tensors lie at any byte, where CPU kernels add in another order; copies are aligned as any new tensor.
+    return {name: packed.pop(name).clone() for name in list(packed)}
 
 
 def bases(source: Source, base: nn.Module | None, folder: Path) -> Iterator[nn.Module]:

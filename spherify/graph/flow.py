@@ -61,7 +61,8 @@ def bits(mask: int) -> Iterator[int]:
 class Flow:
     """A recorded graph with its ancestor sets, held as integers with one bit a node."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, training: bool = False) -> None:
+        self.training = training
         self.nodes = list(graph.nodes)
         self.index = {node: index for index, node in enumerate(self.nodes)}
 
@@ -126,15 +127,11 @@ class Flow:
             lengths[node] = before + self.has(counted, node)
         return max(lengths.values(), default=0)
 
-    def sole_consumer(self, node: fx.Node, through: frozenset[str] = REARRANGING_NAMES) -> fx.Node | None:
-        """The only node that computes with a node's result, looked for behind pure rearrangements."""
-        while True:
-            users = list(node.users)
-            if len(users) != 1:
-                return None
-            node = users[0]
-            if name_of(node) not in through:
-                return node
+    def consumers(self, node: fx.Node, through: frozenset[str] = REARRANGING_NAMES) -> list[fx.Node]:
+        """The nodes that compute with a node's result, looked for behind pure rearrangements."""
+        while len(node.users) == 1 and name_of(next(iter(node.users))) in through:
+            node = next(iter(node.users))
+        return list(node.users)
 
 
 def is_batch_norm(node: fx.Node) -> bool:

@@ -138,7 +138,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        first = args[0] if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
+        version = first._version if first is not None else None
         output = func(*args, **kwargs)
+        if first is not None and output is first and first._version == version:
+            return output  # nothing was done, as by ``to`` with the type it has
         made = list(tensors_in(output))
         name = getattr(func, "__name__", "")
         if made or name in FILLS_ARGUMENT:
@@ -190,9 +194,7 @@ def copy_without_data(model: nn.Module, device: str) -> nn.Module:
             memo[id(hooks)] = OrderedDict(kept)
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor) and id(value) not in memo:
-                moved = (
-                    torch.empty_like(value, device="meta") if device == "meta" else value.detach().to(device, copy=True)
-                )
+                moved = moved_to(value, device)
                 is_parameter = isinstance(value, nn.Parameter)
                 memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
     try:
@@ -202,6 +204,15 @@ def copy_without_data(model: nn.Module, device: str) -> nn.Module:
             f"{type(model).__name__} cannot be copied for a trial run ({one_line(error)}); "
             "keep what cannot be copied out of the module's attributes."
         ) from error
+
+
+def moved_to(value: Tensor, device: str) -> Tensor:
+    """A copy on ``device``; what has no data becomes zeros there."""
+    if device == "meta":
+        return torch.empty_like(value, device="meta")
+    if value.is_meta:
+        return torch.zeros_like(value, device=device)
+    return value.detach().to(device, copy=True)
 
 
 def one_line(error: BaseException) -> str:
@@ -262,9 +273,17 @@ def record(model: nn.Module, inputs: Inputs, *, training: bool, devices: Sequenc
     ) from failure
 
 
-def record_both(model: nn.Module, inputs: Inputs) -> tuple[Recording, ...]:
-    """A recording in eval mode and, where the model runs in it without targets, one in train mode."""
-    recordings = [record(model, inputs, training=False)]
+def record_both(model: nn.Module, inputs: Inputs, *, devices: Sequence[str] = ("meta", "cpu")) -> tuple[Recording, ...]:
+    """A recording in eval mode and, where the model runs in it without targets, one in train mode.
+
+    Args:
+        devices: where to try in eval mode; train mode may fall back from ``meta`` to ``cpu``.
+
+    Raises:
+        ModelError: as ``record``, in eval mode.
+    """
+    recordings = [record(model, inputs, training=False, devices=devices)]
     with contextlib.suppress(ModelError):
-        recordings.append(record(model, inputs, training=True))
+        for_training = ("meta", "cpu") if recordings[0].device == "meta" else ("cpu",)
+        recordings.append(record(model, inputs, training=True, devices=for_training))
     return tuple(recordings)

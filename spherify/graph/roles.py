@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import fx, nn
 
+from spherify.graph.branches import attention_calls, gate_calls, rep_branch_calls
 from spherify.graph.flow import (
     ADD_NAMES,
     CONV_FUNCTIONS,
@@ -43,9 +43,15 @@ class View:
     flows: tuple[Flow, ...]
 
     def layer_of(self, node: fx.Node) -> str | None:
-        """Name of the layer whose own forward issued a conv or linear call."""
-        name = node.meta.get("module")
-        return name if name in self.modules else None
+        """Name of the layer behind a conv or linear call: the one that issued it, or the owner of its weight."""
+        weight = weight_node(node)
+        owner = str(weight.target).rpartition(".")[0] if weight is not None and weight.op == "get_attr" else None
+        return next((name for name in (node.meta.get("module"), owner) if name in self.modules), None)
+
+    def layers_of(self, find: Callable[[Flow], Iterable[fx.Node]]) -> set[str]:
+        """Names of the layers behind the calls that ``find`` yields, over all runs."""
+        names = {self.layer_of(call) for flow in self.flows for call in find(flow)}
+        return {name for name in names if name is not None}
 
 
 def window_of(node: fx.Node) -> tuple[int, ...]:
@@ -73,22 +79,45 @@ def is_depthwise_call(node: fx.Node) -> bool:
 
 def stems(view: View) -> set[str]:
     """The first layer on each path from an input: no other layer stands before it."""
-    found = set()
-    for flow in view.flows:
-        for call in flow.select(flow.layer_calls & flow.activations):
-            if not (flow.before(call) & flow.layer_calls & ~flow.mask([call])):
-                found.add(view.layer_of(call))
-    return {name for name in found if name is not None}
+    return view.layers_of(stem_calls)
+
+
+def stem_calls(flow: Flow) -> Iterator[fx.Node]:
+    for call in flow.select(flow.layer_calls & flow.activations):
+        if not (flow.before(call) & flow.layer_calls & ~flow.mask([call])):
+            yield call
 
 
 def shortcuts(view: View) -> set[str]:
     """The 1x1 convolution on the short side of a residual add."""
-    found = set()
-    for flow in view.flows:
-        for add in flow.nodes:
-            if name_of(add) in ADD_NAMES and len(flow.sources(add)) == 2:
-                found |= {view.layer_of(call) for call in projections_into(flow, add)}
-    return {name for name in found if name is not None}
+    return view.layers_of(shortcut_calls)
+
+
+def shortcut_calls(flow: Flow) -> Iterator[fx.Node]:
+    for add in flow.nodes:
+        if name_of(add) in ADD_NAMES and len(flow.sources(add)) == 2:
+            yield from projections_into(flow, add)
+
+
+def attention(view: View) -> set[str]:
+    """A layer next to a product of two activations: it makes queries, keys or values, or takes their result."""
+    return view.layers_of(attention_calls)
+
+
+def gates(view: View) -> set[str]:
+    """A layer that computes how much of another activation passes, as in squeeze-excite."""
+    return view.layers_of(gate_calls)
+
+
+def rep_branches(view: View) -> set[str]:
+    """One of several convolutions of one input that are summed with at most a norm between (RepVGG, MobileOne)."""
+    return view.layers_of(rep_branch_calls)
+
+
+def auxiliaries(view: View) -> set[str]:
+    """A layer that runs in train mode alone."""
+    runs = {flow.training: {view.layer_of(call) for call in flow.select(flow.layer_calls)} for flow in view.flows}
+    return {name for name in runs.get(True, set()) - runs.get(False, set()) if name is not None}
 
 
 def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
@@ -210,7 +239,9 @@ ROLES: dict[str, Callable[[View], set[str]]] = {
     "@shortcut": shortcuts,
     "@depthwise": depthwise,
     "@pointwise": pointwise,
+    "@attention": attention,
+    "@gate": gates,
+    "@rep_branch": rep_branches,
+    "@aux": auxiliaries,
     "@head": heads,
 }
-
-assert F.conv2d in CONV_FUNCTIONS

@@ -24,6 +24,7 @@ class Site:
         has_bias: whether it adds one.
         calls_eval, calls_train: how often its forward ran in the recorded runs.
         read_by: modules other than itself that read its weight.
+        stood_in_by: the same modules, if all of them multiply by the weight in the layer's stead and no more.
         norm: path of the BatchNorm that alone consumes its output, else None.
         activation: path of the activation module that alone consumes its output, or that of the BatchNorm.
         roles: "@stem", "@shortcut", ... (graph/roles.py).
@@ -41,6 +42,7 @@ class Site:
     calls_eval: int
     calls_train: int
     read_by: tuple[str, ...] = ()
+    stood_in_by: tuple[str, ...] = ()
     norm: str | None = None
     activation: str | None = None
     roles: frozenset[str] = frozenset()

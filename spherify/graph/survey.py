@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from spherify.graph.flow import Flow, is_batch_norm, is_layer_call, weight_node
+from spherify.graph.flow import Flow, is_batch_norm
+from spherify.graph.readers import can_be_redirected, names_by_object, readers_of_weights
 from spherify.graph.record import Recording
 from spherify.graph.roles import ROLES, View
 from spherify.graph.site import KINDS, Site
@@ -19,14 +20,6 @@ ACTIVATION_MODULES = ("torch.nn.modules.activation", "timm.layers.activations")
 NOT_ACTIVATIONS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
 
 
-def names_by_object(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
-    """Every module object once, with all its names in the order of registration."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(module), (module, []))[1].append(name)
-    return found
-
-
 def survey(model: nn.Module, recordings: Sequence[Recording]) -> tuple[Site, ...]:
     """Every site of a model, in the order in which its modules are registered.
 
@@ -34,9 +27,9 @@ def survey(model: nn.Module, recordings: Sequence[Recording]) -> tuple[Site, ...
     attention with a packed weight, a recurrent layer, a convolution with a routed weight.
     """
     objects = names_by_object(model)
-    flows = tuple(Flow(recording.graph) for recording in recordings)
+    flows = tuple(Flow(recording.graph, training=recording.training) for recording in recordings)
     readers = readers_of_weights(model, recordings, objects)
-    functional = {path for path, kinds in readers.items() if "layer" in kinds.values()}
+    functional = {path for path, by in readers.items() if any(uses & {"direct", "derived"} for uses in by.values())}
     layers = {
         names[0]: module
         for module, names in objects.values()
@@ -45,14 +38,13 @@ def survey(model: nn.Module, recordings: Sequence[Recording]) -> tuple[Site, ...
     view = View(model, {name: module for name, module in layers.items() if isinstance(module, LAYER_TYPES)}, flows)
     roles = {role: find(view) for role, find in ROLES.items()}
     aliases = {names[0]: tuple(names[1:]) for _, names in objects.values()}
-    fast_paths = weights_read_by_fast_paths(model)
     return tuple(
         make_site(
             name,
             module,
             aliases=aliases[name],
             recordings=recordings,
-            read_by=tuple(sorted({*readers.get(name, {}), *fast_paths.get(id(module), ())} - {name})),
+            readers={path: uses for path, uses in readers.get(name, {}).items() if path != name},
             followers=follower_paths(view, name),
             roles=frozenset(role for role, found in roles.items() if name in found),
         )
@@ -66,7 +58,7 @@ def make_site(
     *,
     aliases: tuple[str, ...],
     recordings: Sequence[Recording],
-    read_by: tuple[str, ...],
+    readers: dict[str, set[str]],
     followers: tuple[str | None, str | None],
     roles: frozenset[str],
 ) -> Site:
@@ -84,7 +76,8 @@ def make_site(
         has_bias=isinstance(getattr(module, "bias", None), Tensor),
         calls_eval=calls.get(False, 0),
         calls_train=calls.get(True, 0),
-        read_by=read_by,
+        read_by=tuple(sorted(readers)),
+        stood_in_by=tuple(sorted(readers)) if can_be_redirected(name, module, readers) else (),
         norm=followers[0],
         activation=followers[1],
         roles=roles,
@@ -114,68 +107,6 @@ def obstacle_in(module: nn.Module, weight: Tensor | None) -> str | None:
     return None
 
 
-def readers_of_weights(
-    model: nn.Module,
-    recordings: Sequence[Recording],
-    objects: dict[int, tuple[nn.Module, list[str]]],
-) -> dict[str, dict[str, str]]:
-    """For each module, the modules that read its Parameters, and whether a "layer" function did or "other"."""
-    first_name = {id(module): names[0] for module, names in objects.values()}
-    owners: dict[str, list[str]] = {}
-    for module, names in objects.values():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.dim() > 1:
-                full = f"{names[0]}.{key}" if names[0] else key
-                owners.setdefault(full, []).append(first_name[id(module)])
-    shared: dict[int, list[str]] = {}
-    for full, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(full)
-    same = {full: group for group in shared.values() for full in group}
-
-    readers: dict[str, dict[str, str]] = {}
-    for recording in recordings:
-        for node in recording.graph.nodes:
-            if node.op != "get_attr" or str(node.target) not in same:
-                continue
-            holders = {owner for full in same[str(node.target)] for owner in owners.get(full, ())}
-            for user in node.users:
-                reader = user.meta.get("module", "")
-                if reader in holders and isinstance(model.get_submodule(reader), LAYER_TYPES):
-                    continue  # the layer's own forward, or that of one tied to it
-                kind = "layer" if multiplies_by(node, user) else "other"
-                for holder in holders:
-                    known = readers.setdefault(holder, {})
-                    known[reader] = "layer" if "layer" in (kind, known.get(reader)) else kind
-    return readers
-
-
-def multiplies_by(weight: fx.Node, user: fx.Node) -> bool:
-    """A conv or linear function takes the weight, directly or after something else of the same module changed it."""
-    waiting, seen = [(weight, user)], set()
-    while waiting:
-        source, node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if is_layer_call(node):
-            if weight_node(node) is source:
-                return True
-            continue
-        if node.meta.get("module") == user.meta.get("module"):
-            waiting += [(node, following) for following in node.users]
-    return False
-
-
-def weights_read_by_fast_paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """``nn.TransformerEncoderLayer`` reads its layers' weights itself in eval mode; no recording shows that."""
-    found: dict[int, tuple[str, ...]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for part in (module.linear1, module.linear2, module.self_attn.out_proj):
-                found[id(part)] = (path,)
-    return found
-
-
 def follower_paths(view: View, name: str) -> tuple[str | None, str | None]:
     """Paths of the BatchNorm and of the activation behind a layer, where every call of it is followed alike."""
     norms: set[str | None] = set()
@@ -184,16 +115,16 @@ def follower_paths(view: View, name: str) -> tuple[str | None, str | None]:
         for call in flow.select(flow.layer_calls):
             if view.layer_of(call) != name:
                 continue
-            consumer = flow.sole_consumer(call)
-            norm = consumer if consumer is not None and is_batch_norm(consumer) else None
+            after = flow.consumers(call)
+            norm = after[0] if len(after) == 1 and is_batch_norm(after[0]) else None
             norms.add(norm.meta["module"] if norm is not None else None)
-            after = consumer if norm is None else flow.sole_consumer(norm)
-            activations.add(activation_path(view.model, after))
+            activations.add(activation_path(view.model, after if norm is None else flow.consumers(norm)))
     return only(norms), only(activations)
 
 
-def activation_path(model: nn.Module, node: fx.Node | None) -> str | None:
-    path = node.meta.get("module") if node is not None else None
+def activation_path(model: nn.Module, nodes: Iterable[fx.Node]) -> str | None:
+    """The activation module to which all of these nodes belong; some are made of several functions."""
+    path = only(node.meta.get("module") for node in nodes)
     return path if path and is_activation(model.get_submodule(path)) else None
 
 

@@ -41,7 +41,7 @@ def sharing_parameters(source: nn.Module, target: type[nn.Module]) -> nn.Module:
             f"{target.__name__}: the weight given is parametrized, and would be lost; "
             "call torch.nn.utils.parametrize.remove_parametrizations first."
         )
-    if parameter.is_lazy(source.weight):
+    if any(parameter.is_lazy(weight) for weight in source.parameters(recurse=False)):
         raise ModelError(
             f"{target.__name__}: the weight given has no shape yet; call the {type(source).__name__} once."
         )
@@ -101,6 +101,22 @@ class AngularLayer(nn.Module):
         else:
             self.k_logit, self.fixed_k = None, k
 
+    def clear_operator(self) -> None:
+        """Take off what ``set_operator`` gave: the layer can be what it was again."""
+        for name in ("gain", "k_logit"):
+            self._parameters.pop(name, None)
+            self.__dict__.pop(name, None)
+        for name in ("operator", "eps", "k_shared", "fixed_k"):
+            del self.__dict__[name]
+
+    def filters(self) -> Tensor:
+        """(O, ...): the filters whose angles are taken; subclasses that compute theirs do it here."""
+        return self.weight
+
+    def output_gain(self) -> Tensor | None:
+        """(O,): what the response is multiplied by, or None."""
+        return self.gain
+
     @torch.no_grad()
     def matching_gain(self, operator: str, k: float | None) -> Tensor:
         """(O,): the gain with which the output has the scale of the inner product it replaces.
@@ -108,7 +124,7 @@ class AngularLayer(nn.Module):
         For an input of unit variance the inner product has the standard deviation ``|w|``; the response to a
         patch of random direction has the one that ``Response.spread`` computes. The gain is their ratio.
         """
-        weight = self.weight.flatten(1).to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = self.filters().flatten(1).to(torch.promote_types(self.weight.dtype, torch.float32))
         gain = weight.norm(dim=1) / response_named(operator).spread(k, weight.shape[1])
         return gain.to(self.weight.dtype)
 

@@ -50,20 +50,25 @@ class SphereConv(AngularLayer, _ConvNd):
         module.set_operator(**operator)
         return module
 
+    def padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The input, and what is still to be padded; subclasses that pad by the input's size do it here."""
+        return x, self.padding
+
     def forward(self, x: Tensor) -> Tensor:
+        x, padding = self.padded(x)
         return type(self).apply_operator(
             x,
-            self.weight,
+            self.filters(),
             self.bias,
             stride=self.stride,
-            padding=self.padding,
+            padding=padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
             operator=self.operator,
             k=self.k,
             eps=self.eps,
-            gain=self.gain,
+            gain=self.output_gain(),
         )
 
     def extra_repr(self) -> str:

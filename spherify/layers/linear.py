@@ -72,8 +72,17 @@ class SphereLinear(AngularLayer, nn.Linear):
         module.set_operator(**operator)
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return sphere_linear(x, self.weight, self.bias, operator=self.operator, k=self.k, eps=self.eps, gain=self.gain)
+    def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """``bias`` stands in for the layer's own, for a caller that computes one."""
+        return sphere_linear(
+            x,
+            self.filters(),
+            self.bias if bias is None else bias,
+            operator=self.operator,
+            k=self.k,
+            eps=self.eps,
+            gain=self.output_gain(),
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.operator_repr()}"

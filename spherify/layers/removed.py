@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from typing_extensions import Self
 
 
 class Removed(nn.Module):
@@ -21,6 +24,21 @@ class Removed(nn.Module):
             if part is not None:
                 x = part(x)
         return x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to``, ``half`` and the like reach what is kept for the way back, too."""
+        super()._apply(fn, recurse)
+        for tensors in self.stored_state:
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                moved = fn(tensor.data)
+                if not moved.is_meta:
+                    tensor.data = moved
+                else:
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+        return self
 
     def extra_repr(self) -> str:
         return f"was {self.source_type.__name__}"

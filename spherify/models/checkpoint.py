@@ -64,8 +64,9 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 def without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without what DataParallel, DDP and torch.compile put before all of them."""
-    while prefix := next((word for word in PREFIXES if all(name.startswith(word) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    for prefix in PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return without_prefixes({name.removeprefix(prefix): value for name, value in tensors.items()})
     return tensors
 
 
@@ -79,7 +80,8 @@ def load_checkpoint_(model: nn.Module, path: str | Path) -> None:
         OptionError: there is no such file.
     """
     tensors = read_checkpoint(path)
-    own = model.state_dict()
+    state = model.state_dict()
+    own = without_prefixes(state)  # the model may be wrapped too, or have all its layers in a `module` of its own
     missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in tensors if name not in own]
     misshapen = [
@@ -94,4 +96,4 @@ def load_checkpoint_(model: nn.Module, path: str | Path) -> None:
     ]
     if found:
         raise FileError(f"checkpoint {path} does not fit {type(model).__name__}: {'; '.join(found)}.")
-    model.load_state_dict({**own, **tensors})
+    model.load_state_dict(dict(zip(state, {**own, **tensors}.values(), strict=True)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from spherify.errors import ModelError, OptionError, SpherifyError
 
 LIBRARIES = ("timm", "torchvision")
 CUSTOM = "custom"  # a model that no library builds by name
+SOURCE = "spherify_source"  # attribute of a converted model: how its plain base was built
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def resolve(name: str, arguments: dict[str, Any] | None = None) -> Source:
     for library in (prefix,) if prefix else LIBRARIES:
         if has_model(library, bare):
             return Source(library, bare, version_of(library), dict(arguments or {}))
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise OptionError(
             f"{name} is a file or folder, not a model's name; give a name that `spherify list models` shows."
         )
@@ -110,19 +114,32 @@ def build(source: Source, *, pretrained: bool = False, device: str = "cpu") -> n
         OptionError: the library does not take these arguments.
     """
     try:
-        with torch.device(device), warnings.catch_warnings():
+        with torch.device(device), warnings.catch_warnings(), only_errors_of("huggingface_hub"):
             warnings.simplefilter("ignore")  # the libraries' own deprecations are not the user's
             return builders[source.library](source, pretrained)
     except SpherifyError:
         raise
     except Exception as error:  # downloads fail in the classes of half a dozen packages
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        if pretrained:
+        is_download = isinstance(error, OSError) or not isinstance(error, (TypeError, ValueError))
+        if pretrained and is_download:
             raise SpherifyError(
                 f"{source.label}: its pretrained weights could not be had ({text}); "
                 "check the network, or give a local file with --checkpoint."
             ) from error
         raise OptionError(f"{source.label} could not be built with {source.arguments} ({text}).") from error
+
+
+@contextmanager
+def only_errors_of(package: str) -> Iterator[None]:
+    """Without the log lines of a dozen retries: how a download ended is told once, by us."""
+    logger = logging.getLogger(package)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def build_with_timm(source: Source, pretrained: bool) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ class Decision:
             "has_bias": site.has_bias,
             "calls": [site.calls_eval, site.calls_train],
             "read_by": list(site.read_by),
+            "stood_in_by": list(site.stood_in_by),
             "norm": site.norm,
             "activation": site.activation,
             "obstacle": site.obstacle,
@@ -83,6 +84,7 @@ class Decision:
             calls_eval=record["calls"][0],
             calls_train=record["calls"][1],
             read_by=tuple(record["read_by"]),
+            stood_in_by=tuple(record["stood_in_by"]),
             norm=record["norm"],
             activation=record["activation"],
             roles=frozenset(record["roles"]),
@@ -112,6 +114,11 @@ class Plan:
     removed_activations: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     carry_out: Callable[..., nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def redirected(self) -> tuple[str, ...]:
+        """Paths of modules that multiply by a converted layer's weight and will call the layer instead."""
+        return tuple(dict.fromkeys(path for decision in self.converted for path in decision.site.stood_in_by))
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -183,20 +190,20 @@ def draft(
     options: Options,
     *,
     model: str,
-    convertible: Collection[type[nn.Module]],
+    converts: Callable[[type[nn.Module]], bool],
     rules: Sequence[Rule] = RULES,
 ) -> Plan:
     """Ask the rules about every site.
 
     Args:
-        convertible: the exact types for which there is a converted twin.
+        converts: whether there is an angular twin for a class of layers.
         rules: asked in order; the first verdict stands.
 
     Raises:
         OptionError: a selector matches no site.
     """
     check_selectors((*options.include, *options.exclude), sites)
-    decisions = tuple(decide(Question(site, options, convertible), rules) for site in sites)
+    decisions = tuple(decide(Question(site, options, converts), rules) for site in sites)
     norms, activations = removals(decisions, options)
     return Plan(
         model=model,
@@ -221,14 +228,16 @@ def conversion(site: Site, options: Options, verdict: Verdict) -> Decision:
     has_gain = options.gain == "learned" or (options.gain == "auto" and norm is None)
     drops_bias = options.bias == "drop" and site.has_bias
     words = [verdict.reason] if verdict.reason else []
+    words += [f"{path or 'the model'} calls it instead of using its weight" for path in site.stood_in_by]
     if norm is not None:
         words.append(f"BatchNorm {norm} follows")
     elif site.norm is not None:
         words.append(f"BatchNorm {site.norm} removed")
     else:
         words.append("no BatchNorm follows")
+    adds_bias = has_gain and not site.has_bias and options.bias == "keep" and not site.stood_in_by
     if has_gain:
-        words.append("gain learned" if options.bias == "drop" else "gain and bias learned")
+        words.append("gain and bias learned" if adds_bias or (site.has_bias and not drops_bias) else "gain learned")
     if drops_bias:
         words.append("bias dropped")
     if options.activation == "remove" and site.activation is not None:
@@ -240,7 +249,7 @@ def conversion(site: Site, options: Options, verdict: Verdict) -> Decision:
         reason="; ".join(words),
         has_gain=has_gain,
         drops_bias=drops_bias,
-        adds_bias=has_gain and not site.has_bias and options.bias == "keep",
+        adds_bias=adds_bias,
     )
 
 

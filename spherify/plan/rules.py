@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,11 +26,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Question:
-    """One site, the user's options, and the exact types that can be converted."""
+    """One site, the user's options, and whether a class of layers can be converted."""
 
     site: Site
     options: Options
-    convertible: Collection[type[nn.Module]]
+    converts: Callable[[type[nn.Module]], bool]
 
 
 Rule = Callable[[Question], Verdict | None]  # None: no opinion
@@ -70,7 +70,7 @@ def keep_linear_layers(question: Question) -> Verdict | None:
 
 def refuse_weights_read_elsewhere(question: Question) -> Verdict | None:
     site = question.site
-    if not site.read_by or site.kind == "other":
+    if not site.read_by or site.stood_in_by or site.kind == "other":
         return None
     readers = ", ".join(repr(path) if path else "the model itself" for path in site.read_by[:2])
     more = f" and {len(site.read_by) - 2} more" if len(site.read_by) > 2 else ""
@@ -79,7 +79,7 @@ def refuse_weights_read_elsewhere(question: Question) -> Verdict | None:
 
 def keep_what_never_runs(question: Question) -> Verdict | None:
     site = question.site
-    if site.calls_eval == site.calls_train == 0:
+    if site.calls_eval == site.calls_train == 0 and not site.stood_in_by:
         return Verdict("keep", "unused", "runs neither in eval nor in train mode")
     return None
 
@@ -92,7 +92,7 @@ def refuse_objects_with_obstacles(question: Question) -> Verdict | None:
 
 def refuse_unknown_types(question: Question) -> Verdict | None:
     site = question.site
-    if site.source_type in question.convertible:
+    if question.converts(site.source_type):
         return None
     if issubclass(site.source_type, nn.modules.conv._ConvTransposeNd):
         return Verdict("unsupported", "type", f"{site.type} has no patch: each input is spread over many outputs")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.layers.angular import AngularLayer
+from spherify.layers.redirected import Redirected, redirected_class
 from spherify.layers.removed import Removed
 from spherify.plan.plan import Plan
 from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
@@ -30,7 +31,11 @@ def misfits(model: nn.Module, plan: Plan) -> list[str]:
             found.append(f"{name} is a {type(module).__name__}, not a {site.type}")
         elif isinstance(weight, Tensor) and tuple(weight.shape) != site.shape:
             found.append(f"{name} has shape {tuple(weight.shape)}, not {site.shape}")
-    found += [f"{name} is missing" for name in (*plan.removed_norms, *plan.removed_activations) if name not in modules]
+    found += [
+        f"{name} is missing"
+        for name in (*plan.removed_norms, *plan.removed_activations, *plan.redirected)
+        if name not in modules
+    ]
     return found
 
 
@@ -56,6 +61,9 @@ def apply_(model: nn.Module, plan: Plan) -> None:
             layer.k_logit = shared.k_logit
     for name in (*plan.removed_norms, *plan.removed_activations):
         remove_(model.get_submodule(name), name)
+    for name in plan.redirected:
+        owner = model.get_submodule(name)
+        owner.__class__ = redirected_class(type(owner))
     setattr(model, CONVERSION, replace(plan, carry_out=None))
 
 
@@ -74,6 +82,9 @@ def undo_(model: nn.Module) -> int:
     ]
     removed = [(name, part) for name, part in model.named_modules() if isinstance(part, Removed)]
     check_that_all_was_saved(model, converted, removed)
+    for part in model.modules():
+        if isinstance(part, Redirected):
+            part.__class__ = part.redirected_from  # type: ignore[assignment]
     for _, norm in removed:
         put_back_(norm, model)
     for _, layer in converted:

@@ -31,8 +31,9 @@ def check_model(model: object) -> nn.Module:
     compiled = [name or kind for name, module in model.named_modules() if is_compiled(module)]
     if compiled:
         raise ModelError(f"{compiled[0]} is compiled; convert the plain model, then call torch.compile on the result.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(f"{kind} is scripted; convert the Python model, then script or export the result.")
+    scripted = [name or kind for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise ModelError(f"{scripted[0]} is scripted; convert the Python model, then script or export the result.")
     for name, module in model.named_modules():
         if type(module).__module__.startswith(QUANTISED_MODULES):
             raise ModelError(

@@ -4,24 +4,84 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import timm.layers
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spherify.errors import RewriteError
+from spherify.errors import OptionError, RewriteError
 from spherify.layers.angular import AngularLayer
 from spherify.layers.conv import SphereConv1d, SphereConv2d, SphereConv3d
 from spherify.layers.linear import SphereLinear
 from spherify.layers.removed import Removed
+from spherify.layers.timm_convs import (
+    SphereConv2dSame,
+    SphereScaledStdConv2d,
+    SphereScaledStdConv2dSame,
+    SphereStdConv2d,
+    SphereStdConv2dSame,
+)
 from spherify.plan.options import Options
 from spherify.plan.plan import Decision
 
-SWAPS: dict[type[nn.Module], type[AngularLayer]] = {  # exact types: a subclass may compute something else
-    nn.Conv1d: SphereConv1d,
-    nn.Conv2d: SphereConv2d,
-    nn.Conv3d: SphereConv3d,
-    nn.Linear: SphereLinear,
-}
+
+class Twins(dict[type[nn.Module], type[AngularLayer]]):
+    """Which class becomes which. A subclass that computes just what its parent does counts as its parent."""
+
+    def twin_of(self, kind: type[nn.Module]) -> type[AngularLayer] | None:
+        """The angular twin of a class, or None where the class may compute something else than what is known."""
+        for parent in kind.__mro__:
+            if parent in self:
+                return self[parent] if computes_the_same(kind, parent) else None
+        return None
+
+    def converts(self, kind: type[nn.Module]) -> bool:
+        return self.twin_of(kind) is not None
+
+
+def computes_the_same(kind: type[nn.Module], parent: type[nn.Module]) -> bool:
+    methods = ("forward", "_conv_forward", "__call__")
+    return all(getattr(kind, name, None) is getattr(parent, name, None) for name in methods)
+
+
+SWAPS = Twins(
+    {
+        nn.Conv1d: SphereConv1d,
+        nn.Conv2d: SphereConv2d,
+        nn.Conv3d: SphereConv3d,
+        nn.Linear: SphereLinear,
+        timm.layers.Linear: SphereLinear,  # a plain linear layer, but for TorchScript
+        timm.layers.Conv2dSame: SphereConv2dSame,
+        timm.layers.StdConv2d: SphereStdConv2d,
+        timm.layers.StdConv2dSame: SphereStdConv2dSame,
+        timm.layers.ScaledStdConv2d: SphereScaledStdConv2d,
+        timm.layers.ScaledStdConv2dSame: SphereScaledStdConv2dSame,
+    }
+)
+
+
+def register_twin(kind: type[nn.Module], twin: type[AngularLayer]) -> None:
+    """Have ``spherify`` convert layers of class ``kind`` to ``twin`` from now on.
+
+    The layer's object changes its class, so ``twin`` must work on the attributes of ``kind``. A convolution that
+    pads or computes its weight in its own way overrides ``padded`` or ``filters``::
+
+        class SphereCentredConv2d(SphereConv2d):
+            def filters(self):
+                return self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+
+        register_twin(CentredConv2d, SphereCentredConv2d)
+
+    Raises:
+        OptionError: ``kind`` is no module class, or ``twin`` no angular layer class.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise OptionError(f"register_twin: {kind!r} is no class of modules.")
+    if not (isinstance(twin, type) and issubclass(twin, AngularLayer)):
+        raise OptionError(f"register_twin: {twin!r} is no angular layer; derive it from SphereConv2d or SphereLinear.")
+    SWAPS[kind] = twin
+
+
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 ORIGIN = "_spherify_origin"  # attribute of a converted layer that says what it was
@@ -51,12 +111,13 @@ def swap_(module: nn.Module, decision: Decision, options: Options) -> AngularLay
         RewriteError: there is no twin for its type.
     """
     source_type = type(module)
-    if source_type not in SWAPS:
+    twin = SWAPS.twin_of(source_type)
+    if twin is None:
         known = ", ".join(kind.__name__ for kind in SWAPS)
         raise RewriteError(f"{decision.site.name} ({source_type.__name__}): nothing converts it, only {known}.")
     is_plain = options.operator == "identity"
-    old_bias = module._parameters["bias"]
-    module.__class__ = SWAPS[source_type]
+    old_bias, old_names = module._parameters["bias"], set(module._parameters)
+    module.__class__ = twin
     assert isinstance(module, AngularLayer)
     module.set_operator(
         options.operator,
@@ -71,10 +132,10 @@ def swap_(module: nn.Module, decision: Decision, options: Options) -> AngularLay
         module.register_parameter("bias", None)
     elif needs_bias:
         module.bias = nn.Parameter(module.weight.detach().new_zeros(module.weight.shape[0]))
-    for key in ("gain", "k_logit", *(["bias"] if needs_bias else [])):
-        added = module._parameters.get(key)
-        if added is not None:  # what is frozen stays frozen
-            added.requires_grad_(module.weight.requires_grad)
+    for key, parameter in module._parameters.items():
+        is_new = key not in old_names or (key == "bias" and needs_bias)
+        if is_new and parameter is not None:
+            parameter.requires_grad_(module.weight.requires_grad)  # what is frozen stays frozen
     setattr(module, ORIGIN, Origin(source_type, dropped, needs_bias))
     return module
 
@@ -87,11 +148,8 @@ def swap_back_(module: AngularLayer) -> None:
         module.bias = origin.dropped_bias
     elif origin.has_new_bias:
         module.register_parameter("bias", None)
-    for parameter in ("gain", "k_logit"):
-        module._parameters.pop(parameter, None)
-        module.__dict__.pop(parameter, None)
-    for attribute in ("operator", "eps", "k_shared", "fixed_k", ORIGIN):
-        del module.__dict__[attribute]
+    module.clear_operator()
+    delattr(module, ORIGIN)
     module.__class__ = origin.source_type  # type: ignore[assignment]
 
 

@@ -1,0 +1,1 @@
+"""The whole zoo: every timm and torchvision model through plan, conversion and verification."""
