@@ -13,11 +13,16 @@ from torch import nn
 
 from spherify.errors import ModelError, OptionError
 from spherify.functional.cosine import DEFAULT_EPS
+from spherify.graph.adapters import with_adapters
+from spherify.graph.loose import loose_parameters
 from spherify.graph.record import Inputs, Recording, one_line, record_both
+from spherify.graph.site import Site
 from spherify.graph.survey import survey
+from spherify.graph.uses import runs_after
 from spherify.models.checkpoint import load_checkpoint_
 from spherify.models.inputs import candidate_inputs
 from spherify.models.resolve import SOURCE, Source, build, resolve
+from spherify.plan.notes import in_words
 from spherify.plan.options import Options
 from spherify.plan.plan import Plan, draft
 from spherify.rewrite.apply import apply_, undo_
@@ -132,17 +137,30 @@ def plan(
         raise OptionError("num_classes, pretrained, checkpoint and seed go with a model's name, not with a module.")
     check_model(model)
     inputs, recordings = first_run(model, example_input)
-    sites = survey(model, recordings)
+    sites = with_adapters(model, survey(model, recordings))
     label = type(model).__name__ if source is None else source.label
-    report = draft(sites, chosen, model=label, converts=SWAPS.converts)
-    if len(recordings) == 1:
-        note = "Train mode could not be recorded (it may need targets): layers that run in it alone count as unused."
-        report = replace(report, notes=(*report.notes, note))
+    removes = "remove" in (chosen.norm, chosen.activation)
+    others = runs_after(model, recordings, sites) if removes else {}
+    report = draft(sites, chosen, model=label, converts=SWAPS.converts, runs_after=others)
+    report = replace(report, notes=(*report.notes, *notes_on_run(model, recordings, sites)))
     return bound(report, model, source, recordings, inputs)
+
+
+def notes_on_run(model: nn.Module, recordings: Sequence[Recording], sites: Sequence[Site]) -> list[str]:
+    notes = []
+    if len(recordings) == 1:
+        untrained = "Train mode could not be recorded (it may need targets)"
+        notes.append(f"{untrained}: layers that run in it alone count as unused.")
+    if loose := loose_parameters(model, recordings, sites):
+        outside = "multiplied with an activation outside any conv or linear layer"
+        notes.append(f"Not converted: {in_words(loose)}, {outside}.")
+    return notes
 
 
 def build_plain(source: Source, pretrained: bool, checkpoint: str | Path | None, seed: int | None) -> nn.Module:
     if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise OptionError(f"seed={seed} is out of range; choose a number from 0 to 2**63 - 1.")
         torch.manual_seed(seed)
     model = build(source, pretrained=pretrained)
     if checkpoint is not None:

@@ -79,7 +79,7 @@ def test_what_goes_with_a_name_is_refused_with_a_module(argument):
     [
         (dict(operator="cos"), "operator 'cos' is unknown; choose one of: cosine, linear, sigmoid, learnable"),
         (dict(k=2), "operator 'cosine' has no k"),
-        (dict(eps=0.0), "eps=0.0 is not positive"),
+        (dict(eps=0.0), "eps=0.0 is no positive number"),
         (dict(head="none"), "head 'none' is unknown; choose one of: keep, convert"),
         (dict(exclude="layer9"), "selector 'layer9' matches no layer; the nearest is"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -29,8 +30,8 @@ def check_call(operator: str, k: float | Tensor | None, eps: float) -> None:
             raise OptionError(f"operator {operator!r} needs a k; give a number or a tensor.")
     elif response.default_k is None:
         raise OptionError(f"operator {operator!r} has no k; leave k out, or choose sigmoid or learnable.")
-    if not eps > 0:
-        raise OptionError(f"eps={eps!r} is not positive; without it a patch of zeros has no cosine.")
+    if not 0 < eps < math.inf:
+        raise OptionError(f"eps={eps!r} is no positive number; without it a patch of zeros has no cosine.")
 
 
 def per_filter(value: Tensor, filters: int, trailing_dims: int, name: str) -> Tensor:

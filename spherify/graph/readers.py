@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -29,8 +29,8 @@ def readers_of_weights(
     """For each module, the other modules that read its Parameters, by path, and what each does with them.
 
     What they do is a set of ``direct`` (the weight argument of ``F.linear``), ``derived`` (that of another conv or
-    linear function, or after it was changed), ``fast path`` (by ``nn.TransformerEncoderLayer`` in eval mode, which no
-    recording shows) and ``other``.
+    linear function, or after it was changed), ``attention`` (the output projection of ``nn.MultiheadAttention``),
+    ``fast path`` (by ``nn.TransformerEncoderLayer`` in eval mode, which no recording shows) and ``other``.
     """
     first_name = {id(module): names[0] for module, names in objects.values()}
     owners: dict[str, list[str]] = {}
@@ -56,17 +56,27 @@ def readers_of_weights(
                     continue  # the layer's own forward, or that of one tied to it
                 for holder in holders:
                     readers.setdefault(holder, {}).setdefault(reader, set()).add(use_of(node, user))
-    for path, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for part in (module.linear1, module.linear2, module.self_attn.out_proj):
-                readers.setdefault(first_name[id(part)], {}).setdefault(path, set()).add("fast path")
+    for path, part in fast_paths(model):
+        readers.setdefault(first_name[id(part)], {}).setdefault(path, set()).add("fast path")
     return readers
+
+
+def fast_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths of torch's transformer encoders, each with every part whose weight its fast path takes."""
+    for path, module in model.named_modules():
+        layers = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
+        for layer in layers:
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                for part in (layer.linear1, layer.linear2, layer.self_attn, layer.self_attn.out_proj):
+                    yield path, part
 
 
 def use_of(weight: fx.Node, user: fx.Node) -> str:
     """What a function does with a weight, or makes of it for another function of the same module."""
     if user.target is F.linear and weight_node(user) is weight:
         return "direct"
+    if user.target is F.multi_head_attention_forward:
+        return "attention"
     waiting, seen = [(weight, user)], set()
     while waiting:
         source, node = waiting.pop()
@@ -83,10 +93,12 @@ def use_of(weight: fx.Node, user: fx.Node) -> str:
 
 
 def can_be_redirected(name: str, module: nn.Module, readers: dict[str, set[str]]) -> bool:
-    """Whether all that others do with a linear layer's weight could be done by calling the layer.
+    """Whether all that others do with a weight could be done by calling the layer that it belongs to.
 
     They must stand above it, so that they can find it, and multiply by the weight as it is.
     """
-    return isinstance(module, nn.Linear) and all(
-        uses <= {"direct", "fast path"} and (not path or name.startswith(f"{path}.")) for path, uses in readers.items()
+    known = {"direct", "attention", "fast path"} if isinstance(module, nn.Linear) else {"fast path"}
+    is_kind = isinstance(module, (nn.Linear, nn.MultiheadAttention))
+    return is_kind and all(
+        uses <= known and (not path or name.startswith(f"{path}.")) for path, uses in readers.items()
     )

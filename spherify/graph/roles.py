@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 from torch import fx, nn
 
 from spherify.graph.branches import attention_calls, gate_calls, rep_branch_calls
 from spherify.graph.flow import (
     ADD_NAMES,
+    CAT_NAMES,
     CONV_FUNCTIONS,
-    DROPPING_NAMES,
-    REARRANGING_NAMES,
     Flow,
     input_node,
-    is_getitem,
-    is_layer_call,
     name_of,
     weight_node,
 )
+from spherify.graph.heads import heads
+from spherify.graph.view import View
 
-LIGHT_NAMES = (  # between a classifier and the model's output
-    REARRANGING_NAMES
-    | DROPPING_NAMES
-    | frozenset(
-        {
-            *("softmax", "log_softmax", "sigmoid", "relu", "relu_", "mean", "adaptive_avg_pool1d"),
-            *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "float", "half"),
-        }
-    )
-)
 MOST_SHORTCUT_PRODUCTS = 3  # a projection is one 1x1 conv, or a few with depthwise convs beside it
-
-
-@dataclass(frozen=True)
-class View:
-    """What a role may look at: the model, its layers by name, and the recorded runs."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    flows: tuple[Flow, ...]
-
-    def layer_of(self, node: fx.Node) -> str | None:
-        """Name of the layer behind a conv or linear call: the one that issued it, or the owner of its weight."""
-        weight = weight_node(node)
-        owner = str(weight.target).rpartition(".")[0] if weight is not None and weight.op == "get_attr" else None
-        return next((name for name in (node.meta.get("module"), owner) if name in self.modules), None)
-
-    def layers_of(self, find: Callable[[Flow], Iterable[fx.Node]]) -> set[str]:
-        """Names of the layers behind the calls that ``find`` yields, over all runs."""
-        names = {self.layer_of(call) for flow in self.flows for call in find(flow)}
-        return {name for name in names if name is not None}
 
 
 def window_of(node: fx.Node) -> tuple[int, ...]:
@@ -127,7 +95,8 @@ def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
     products: one dense 1x1 convolution, beside it depthwise ones at most. The long side must have more, one after the
     other (a sum of parallel branches, as in MobileOne, has them side by side), and must not be an upsampled map (a
     feature pyramid adds its lateral to one). What the projection feeds must end in this block's merges: an input that
-    a whole cell goes on using is not a shortcut.
+    a whole cell goes on using is not a shortcut. The sum must be the block's result: one of several sums side by side,
+    as in the cells of an architecture search, is none.
     """
     one, two = (flow.before(source) for source in flow.sources(add))
     short, long = sorted((one & ~two, two & ~one), key=lambda mask: (mask & flow.products).bit_count())
@@ -144,7 +113,8 @@ def projections_into(flow: Flow, add: fx.Node) -> list[fx.Node]:
         return []
     if not others and long & flow.resizes:
         return []
-    return dense if ends_in_merges(flow, dense[0], add, long) else []
+    is_projection = ends_in_merges(flow, dense[0], add, long) and not stands_beside_others(flow, dense[0], add)
+    return dense if is_projection else []
 
 
 def ends_in_merges(flow: Flow, call: fx.Node, add: fx.Node, long: int) -> bool:
@@ -167,6 +137,18 @@ def ends_in_merges(flow: Flow, call: fx.Node, add: fx.Node, long: int) -> bool:
     return add in seen
 
 
+def stands_beside_others(flow: Flow, call: fx.Node, add: fx.Node) -> bool:
+    """Whether the sum is concatenated, as it is, with the result of other layers that do not know of ``call``."""
+    for user in flow.consumers(add):
+        if name_of(user) not in CAT_NAMES:
+            continue
+        for other in flow.sources(user):
+            before = flow.before(other)
+            if not flow.has(before, call) and before & flow.layer_calls & ~flow.before(add):
+                return True
+    return False
+
+
 def depthwise(view: View) -> set[str]:
     """A convolution with as many groups as input channels, more than one."""
     return {
@@ -183,53 +165,6 @@ def pointwise(view: View) -> set[str]:
         for name, module in view.modules.items()
         if isinstance(module, CONV_TYPES) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
     }
-
-
-def heads(view: View) -> set[str]:
-    """The classifier: what ``get_classifier`` returns, else the last layer before the model's (N, classes) output."""
-    if hasattr(view.model, "get_classifier"):
-        return classifiers_by_interface(view)
-    found: set[str] = set()
-    for flow in view.flows:
-        output = flow.nodes[-1]
-        for result in output.all_input_nodes:
-            if len(result.meta.get("shape", ())) == 2:
-                found |= classifiers_before(view, result)
-    return found
-
-
-def classifiers_by_interface(view: View) -> set[str]:
-    """timm's own word. Of a composite head, the layers as wide as the number of classes, else its last layer."""
-    given = view.model.get_classifier()  # type: ignore[operator]
-    waiting = list(given) if isinstance(given, (tuple, list)) else [given]
-    names = {id(module): name for name, module in view.modules.items()}
-    classes = getattr(view.model, "num_classes", None)
-    found: set[str] = set()
-    for module in waiting:
-        if not isinstance(module, nn.Module):
-            continue
-        inside = [part for part in module.modules() if id(part) in names]
-        wide = [part for part in inside if filters_of(part) == classes]
-        found |= {names[id(part)] for part in (wide or inside[-1:])}
-    return found
-
-
-def filters_of(module: nn.Module) -> int | None:
-    return getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-
-
-def classifiers_before(view: View, result: fx.Node) -> set[str]:
-    """Walk back from an output through operations without weights to the layers that made it."""
-    found: set[str] = set()
-    waiting = [result]
-    while waiting:
-        node = waiting.pop()
-        if is_layer_call(node):
-            name = view.layer_of(node)
-            found |= {name} if name is not None else set()
-        elif name_of(node) in LIGHT_NAMES or is_getitem(node):
-            waiting += node.all_input_nodes
-    return found
 
 
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

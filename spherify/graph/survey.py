@@ -100,11 +100,17 @@ def obstacle_in(module: nn.Module, weight: Tensor | None) -> str | None:
         return "its weight is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
     if "weight" not in module._parameters and isinstance(module, LAYER_TYPES):
         return "its weight is computed by a hook (weight_norm or spectral_norm); remove it first"
+    if isinstance(module, nn.MultiheadAttention) and not has_plain_projections(module):
+        return "it has separate weights for keys and values, bias_k, or add_zero_attn"
     if "forward" in vars(module):
         return "its forward was replaced on the object, and a conversion would lose that"
     if weight is not None and not weight.is_floating_point():
         return f"its weight is of type {weight.dtype}, and angles need floating-point numbers"
     return None
+
+
+def has_plain_projections(attention: nn.MultiheadAttention) -> bool:
+    return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
 
 
 def follower_paths(view: View, name: str) -> tuple[str | None, str | None]:

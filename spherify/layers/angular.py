@@ -88,8 +88,8 @@ class AngularLayer(nn.Module):
         k = checked_k(operator, k)
         if k_shared not in K_SHARED:
             raise OptionError(f"k_shared {k_shared!r} is unknown; choose one of: {', '.join(K_SHARED)}.")
-        if not eps > 0:
-            raise OptionError(f"eps={eps!r} is not positive; without it a patch of zeros has no cosine.")
+        if not 0 < eps < math.inf:
+            raise OptionError(f"eps={eps!r} is no positive number; without it a patch of zeros has no cosine.")
         self.operator, self.eps, self.k_shared = operator, float(eps), k_shared
         filters = self.weight.shape[0]
         self.gain = nn.Parameter(self.matching_gain(operator, k)) if gain else None

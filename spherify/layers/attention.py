@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spherify.errors import ModelError
 from spherify.functional.sphere import sphere_linear
 from spherify.layers.angular import AngularLayer
 
@@ -21,9 +21,6 @@ class SphereMultiheadAttention(AngularLayer, nn.MultiheadAttention):
 
     Shape: as ``nn.MultiheadAttention``: (L, N, E), (N, L, E) with ``batch_first``, or (L, E).
     """
-
-    in_proj_weight: Tensor
-    in_proj_bias: Tensor | None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -41,6 +38,8 @@ class SphereMultiheadAttention(AngularLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise ModelError("SphereMultiheadAttention: is_causal is a hint about attn_mask; give the mask too.")
         is_batched = query.dim() == 3
         turn = is_batched and not self.batch_first
         inputs = [x.transpose(0, 1) if turn else x if is_batched else x[None] for x in (query, key, value)]
@@ -104,6 +103,3 @@ class SphereMultiheadAttention(AngularLayer, nn.MultiheadAttention):
 
     def extra_repr(self) -> str:
         return self.operator_repr()
-
-    def __setstate__(self, state: Any) -> None:
-        nn.MultiheadAttention.__setstate__(self, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -72,8 +73,8 @@ class Options:
                 raise OptionError(f"{name} {getattr(self, name)!r} is unknown; choose one of: {', '.join(allowed)}.")
         if self.num_classes is not None and self.num_classes < 1:
             raise OptionError(f"num_classes={self.num_classes!r} is no number of classes; give 1 or more.")
-        if not (isinstance(self.eps, (int, float)) and self.eps > 0):
-            raise OptionError(f"eps={self.eps!r} is not positive; without it a patch of zeros has no cosine.")
+        if not (isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf):
+            raise OptionError(f"eps={self.eps!r} is no positive number; without it a patch of zeros has no cosine.")
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

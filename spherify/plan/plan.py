@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from spherify.errors import SpherifyError
 from spherify.graph.site import Site
+from spherify.plan.notes import notes_on, notes_on_sharing
 from spherify.plan.options import Options
+from spherify.plan.removals import NOWHERE_ELSE, RunsAfter, activations_in_other_use, norms_in_other_use, removals
 from spherify.plan.rules import RULES, Question, Rule, Verdict
 from spherify.plan.selectors import check_selectors
 from spherify.plan.table import as_text
@@ -117,8 +119,13 @@ class Plan:
 
     @property
     def redirected(self) -> tuple[str, ...]:
-        """Paths of modules that multiply by a converted layer's weight and will call the layer instead."""
-        return tuple(dict.fromkeys(path for decision in self.converted for path in decision.site.stood_in_by))
+        """Paths of modules that multiply by a converted layer's weight and will call the layer instead.
+
+        Without those that are converted themselves: their twins call it anyway.
+        """
+        converted = {decision.site.name for decision in self.converted}
+        owners = dict.fromkeys(path for decision in self.converted for path in decision.site.stood_in_by)
+        return tuple(path for path in owners if path not in converted)
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -192,26 +199,37 @@ def draft(
     model: str,
     converts: Callable[[type[nn.Module]], bool],
     rules: Sequence[Rule] = RULES,
+    runs_after: RunsAfter = NOWHERE_ELSE,
 ) -> Plan:
     """Ask the rules about every site.
 
     Args:
         converts: whether there is an angular twin for a class of layers.
         rules: asked in order; the first verdict stands.
+        runs_after: for each norm and activation, all that it runs after (graph/uses.py).
 
     Raises:
         OptionError: a selector matches no site.
     """
     check_selectors((*options.include, *options.exclude), sites)
-    decisions = tuple(decide(Question(site, options, converts), rules) for site in sites)
-    norms, activations = removals(decisions, options)
+
+    def decided(kept_norms: Container[str | None]) -> tuple[Decision, ...]:
+        norm_kept = replace(options, norm="keep")
+        chosen = [norm_kept if site.norm in kept_norms else options for site in sites]
+        questions = [Question(site, choice, converts) for site, choice in zip(sites, chosen, strict=True)]
+        return with_their_owners([decide(question, rules) for question in questions])
+
+    shared_norms = norms_in_other_use(decided(()), options, runs_after)
+    decisions = decided(shared_norms)
+    norms, activations = removals(decisions, options, shared_norms)
+    on_sharing = notes_on_sharing(options, shared_norms, activations_in_other_use(decisions, runs_after))
     return Plan(
         model=model,
         options=options,
         decisions=decisions,
         removed_norms=norms,
         removed_activations=activations,
-        notes=notes_on(decisions, options),
+        notes=(*notes_on(decisions, options), *on_sharing),
     )
 
 
@@ -222,20 +240,37 @@ def decide(question: Question, rules: Sequence[Rule]) -> Decision:
     return conversion(question.site, question.options, verdict)
 
 
+def with_their_owners(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """An output projection can be converted only together with the attention that uses its weight."""
+    left = {d.site.name: d for d in decisions if d.action != "convert"}
+
+    def judged(decision: Decision) -> Decision:
+        owners = [path for path in decision.site.stood_in_by if path in left]
+        if decision.action != "convert" or not owners:
+            return decision
+        reason = f"its weight is used by {owners[0]}, which is not converted"
+        return Decision(site=decision.site, action="unsupported", rule="functional", reason=reason)
+
+    return tuple(judged(decision) for decision in decisions)
+
+
 def conversion(site: Site, options: Options, verdict: Verdict) -> Decision:
     """A verdict to convert, completed by what becomes of gain, bias, norm and activation."""
     norm = site.norm if options.norm == "keep" else None
     has_gain = options.gain == "learned" or (options.gain == "auto" and norm is None)
     drops_bias = options.bias == "drop" and site.has_bias
     words = [verdict.reason] if verdict.reason else []
-    words += [f"{path or 'the model'} calls it instead of using its weight" for path in site.stood_in_by]
+    if site.stood_in_by:
+        owners = " and ".join(path or "the model" for path in site.stood_in_by)
+        words.append(f"called by {owners} instead of using its weight")
     if norm is not None:
         words.append(f"BatchNorm {norm} follows")
     elif site.norm is not None:
         words.append(f"BatchNorm {site.norm} removed")
     else:
         words.append("no BatchNorm follows")
-    adds_bias = has_gain and not site.has_bias and options.bias == "keep" and not site.stood_in_by
+    can_add = site.kind != "other" and not site.stood_in_by
+    adds_bias = has_gain and can_add and not site.has_bias and options.bias == "keep"
     if has_gain:
         words.append("gain and bias learned" if adds_bias or (site.has_bias and not drops_bias) else "gain learned")
     if drops_bias:
@@ -251,31 +286,3 @@ def conversion(site: Site, options: Options, verdict: Verdict) -> Decision:
         drops_bias=drops_bias,
         adds_bias=adds_bias,
     )
-
-
-def removals(decisions: Sequence[Decision], options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the BatchNorms and of the activations that the options take away, each once."""
-    sites = [decision.site for decision in decisions if decision.action == "convert"]
-    norms = [site.norm for site in sites if site.norm is not None and options.norm == "remove"]
-    activations = [site.activation for site in sites if site.activation is not None and options.activation == "remove"]
-    return tuple(dict.fromkeys(norms)), tuple(dict.fromkeys(activations))
-
-
-def notes_on(decisions: Sequence[Decision], options: Options) -> tuple[str, ...]:
-    """Options that had nothing to act on, and a model without a classifier: said, not passed over."""
-    sites = [decision.site for decision in decisions]
-    converted = [decision.site for decision in decisions if decision.action == "convert"]
-    notes = []
-    if options.skip_shortcuts and not any("@shortcut" in site.roles for site in sites):
-        notes.append("skip_shortcuts: this model has no 1x1 shortcut.")
-    if not any("@head" in site.roles for site in sites):
-        notes.append("No classifier was found: the model ends without one, and every layer counts as body.")
-    if not options.linear and not any(site.kind == "linear" for site in sites):
-        notes.append("linear=false: this model has no linear layer.")
-    if options.bias == "drop" and not any(site.has_bias for site in converted):
-        notes.append("bias=drop: no converted layer has a bias.")
-    if options.norm == "remove" and not any(site.norm for site in converted):
-        notes.append("norm=remove: no converted layer is followed by a BatchNorm.")
-    if options.activation == "remove" and not any(site.activation for site in converted):
-        notes.append("activation=remove: no converted layer is followed by an activation module.")
-    return tuple(notes)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.errors import OptionError, RewriteError
 from spherify.layers.angular import AngularLayer
+from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv1d, SphereConv2d, SphereConv3d
 from spherify.layers.linear import SphereLinear
 from spherify.layers.removed import Removed
@@ -50,6 +51,7 @@ SWAPS = Twins(
         nn.Conv2d: SphereConv2d,
         nn.Conv3d: SphereConv3d,
         nn.Linear: SphereLinear,
+        nn.MultiheadAttention: SphereMultiheadAttention,
         timm.layers.Linear: SphereLinear,  # a plain linear layer, but for TorchScript
         timm.layers.Conv2dSame: SphereConv2dSame,
         timm.layers.StdConv2d: SphereStdConv2d,
@@ -116,7 +118,7 @@ def swap_(module: nn.Module, decision: Decision, options: Options) -> AngularLay
         known = ", ".join(kind.__name__ for kind in SWAPS)
         raise RewriteError(f"{decision.site.name} ({source_type.__name__}): nothing converts it, only {known}.")
     is_plain = options.operator == "identity"
-    old_bias, old_names = module._parameters["bias"], set(module._parameters)
+    old_bias, old_names = module._parameters.get("bias"), set(module._parameters)
     module.__class__ = twin
     assert isinstance(module, AngularLayer)
     module.set_operator(

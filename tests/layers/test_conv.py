@@ -255,7 +255,7 @@ def test_from_conv_refuses_a_convolution_of_another_dimension(layer):
         (dict(operator="cosine", k=0.3), "operator 'cosine' has no k"),
         (dict(operator="sigmoid", k=1e4), "k=10000.0 is out of range"),
         (dict(operator="learnable", k_shared="model"), "k_shared 'model' is unknown; choose one of: filter, layer, "),
-        (dict(eps=0.0), "eps=0.0 is not positive"),
+        (dict(eps=0.0), "eps=0.0 is no positive number"),
     ],
     ids=str,
 )

@@ -143,7 +143,7 @@ def test_from_linear_refuses_what_computes_something_else(source, message):
         (dict(operator="relu"), "operator 'relu' is unknown"),
         (dict(operator="sigmoid", k=0.0), "k=0.0 is out of range"),
         (dict(operator="learnable", k_shared="model"), "k_shared 'model' is unknown"),
-        (dict(eps=-1.0), "eps=-1.0 is not positive"),
+        (dict(eps=-1.0), "eps=-1.0 is no positive number"),
     ],
     ids=str,
 )

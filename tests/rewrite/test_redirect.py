@@ -39,7 +39,7 @@ def attention() -> nn.Module:
 def test_a_weight_used_by_its_parent_is_converted_and_the_parent_is_named(attention):
     decision = {d.site.name: d for d in plan(attention).decisions}["1.qkv"]
     assert decision.action == "convert"
-    assert "1 calls it instead of using its weight" in decision.reason
+    assert "called by 1 instead of using its weight" in decision.reason
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -175,6 +175,17 @@ def test_the_fast_path_of_the_transformer_encoder_is_not_taken():
     assert torch.allclose(evaluated, converted.train()(TOKENS), atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(evaluated, model(TOKENS), atol=1e-3)
+
+
+def test_a_padding_mask_makes_no_nested_tensors_of_what_goes_through_converted_layers():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2).eval()
+    plain = spherify(model, operator="identity", example_input=TOKENS)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model.train()(TOKENS, src_key_padding_mask=padding)  # the fast path is not taken in train mode
+    with torch.no_grad():
+        out = plain(TOKENS, src_key_padding_mask=padding)
+    assert torch.allclose(out[~padding], expected[~padding], atol=1e-5)
 
 
 def test_no_layer_of_beit_is_left_out():
