@@ -19,7 +19,7 @@ from spherify import Options, __version__, cli, load
 from spherify.errors import FileError, OptionError, SpherifyError
 
 MODEL = "test_resnet"  # timm's smallest: 16 layers, among them two 1x1 shortcuts and the classifier
-KEYS = {"model", "options", "summary", "layers"}  # DESIGN.md, Command line
+KEYS = {"model", "options", "summary", "layers"}
 LAYER_KEYS = {"name", "aliases", "type", "shape", "fan_in", "roles", "action", "rule", "reason"}
 
 

@@ -22,7 +22,8 @@ def with_adapters(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
         around = next((path for path in adapters if site.name.startswith(f"{path}." if path else "")), None)
         if around is None or site.obstacle is not None:
             return site
-        kind = type(model.get_submodule(around)).__name__
+        adapter = type(model.get_submodule(around))
+        kind = f"{adapter.__module__.partition('.')[0]} {adapter.__name__}"  # "peft Linear"
         reason = (
             f"it belongs to the adapter {around or 'that the model is'} ({kind}), which adds an inner product to its "
             "result; merge it first (merge_and_unload)"

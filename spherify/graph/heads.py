@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from spherify.graph.branches import MUL_NAMES, ends_in_squash
 from spherify.graph.flow import ADD_NAMES, CAT_NAMES, Flow, is_layer_call, name_of, weight_node
+from spherify.graph.shortcuts import projections_into
 from spherify.graph.view import View
 
 NORM_NAMES = frozenset(
@@ -49,14 +50,9 @@ def heads(view: View) -> set[str]:
         return classifiers_by_interface(view)
     if getattr(view.model, "num_classes", None) == 0:
         return set()  # timm's word for an encoder
-    found: set[str] = set()
-    everything: set[str] = set()
-    for flow in view.flows:
-        calls = flow.select(flow.layer_calls)
-        read = {view.layer_of(call) for call in calls if feeds_a_layer(flow, call)}
-        found |= {name for call in predictor_calls(flow) if (name := view.layer_of(call)) is not None} - read
-        everything |= {name for call in calls if (name := view.layer_of(call)) is not None}
-    return found if found != everything else set()  # a model that is nothing but its last layers has a body only
+    found = view.layers_of(predictor_calls)
+    read = view.layers_of(lambda flow: (call for call in flow.select(flow.layer_calls) if feeds_a_layer(flow, call)))
+    return found - read if read else set()  # where no layer feeds another, all are body
 
 
 def predictor_calls(flow: Flow) -> Iterator[fx.Node]:
@@ -114,12 +110,14 @@ def is_gated(flow: Flow, node: fx.Node) -> bool:
 
 
 def is_residual_merge(flow: Flow, node: fx.Node) -> bool:
-    """A sum or concatenation with something that all layers of another summand have been computed from."""
+    """A sum or concatenation with something that another summand was computed from, or with a projection of it."""
     sources = flow.sources(node)
     if name_of(node) not in ADD_NAMES | CAT_NAMES or len(sources) < 2:
         return False
     layers = [flow.before(source) & flow.layer_calls for source in sources]
-    return any(not one & ~two and two & ~one for one in layers for two in layers)
+    if any(not one & ~two and two & ~one for one in layers for two in layers):
+        return True
+    return name_of(node) in ADD_NAMES and len(sources) == 2 and bool(projections_into(flow, node))
 
 
 def is_pointwise(call: fx.Node) -> bool:

@@ -33,7 +33,8 @@ def survey(model: nn.Module, recordings: Sequence[Recording]) -> tuple[Site, ...
     layers = {
         names[0]: module
         for module, names in objects.values()
-        if isinstance(module, LAYER_TYPES + WEIGHT_HOLDERS) or names[0] in functional
+        if isinstance(module, LAYER_TYPES + WEIGHT_HOLDERS)
+        or (names[0] in functional and not isinstance(module, parametrize.ParametrizationList))
     }
     view = View(model, {name: module for name, module in layers.items() if isinstance(module, LAYER_TYPES)}, flows)
     roles = {role: find(view) for role, find in ROLES.items()}

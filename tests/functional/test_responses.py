@@ -84,7 +84,7 @@ def test_the_slope_is_never_negative_and_never_infinite(name, k):
 
 @pytest.mark.parametrize(
     ("name", "k", "slope"),
-    [  # minus the derivatives by theta at pi/2 in PAPER.md, section 2.1
+    [  # minus the derivatives of the printed formulas by theta at pi/2
         ("cosine", None, 1.0),
         ("linear", None, 0.637),
         ("sigmoid", 0.1, 5.0),

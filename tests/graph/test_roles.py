@@ -13,7 +13,6 @@ from networks import (
     image,
     names_with,
     sites_of,
-    small_net,
     torchvision_model,
 )
 from torch import nn
@@ -33,7 +32,7 @@ def test_the_shortcuts_of_resnet18_are_its_three_downsamples():
     assert names_with("@shortcut", hollow("resnet18")) == RESNET18
 
 
-# Model, its names for a shortcut's 1x1 convolution, how many there are: the ground truth of ZOO.md, section 6.
+# Model, its names for the 1x1 convolution of a shortcut, how many there are: read off the source of each network.
 SHORTCUTS = [
     ("torchvision:resnet18", r"downsample\.0", 3),
     ("test_resnet", r"layer\d\.0\.downsample\.1", 3),
@@ -46,6 +45,7 @@ SHORTCUTS = [
     ("dla34", r"project\.0", 4),  # the projection lies outside the block that adds it
     ("ghostnet_100", r"shortcut\.2", 5),  # depthwise, then 1x1
     ("dpn68", r"c1x1_w_s\d\.conv", 4),  # its output is sliced, added and concatenated
+    pytest.param("dpn48b", r"c1x1_w_s\d\.conv", 4, marks=SLOW),  # the other half of the block has a layer of its own
     ("resnetv2_50", r"downsample\.conv", 4),
     ("torchvision:r3d_18", r"downsample\.0", 3),
     pytest.param("ghostnetv3_050", r"shortcut\.2", 5, marks=SLOW),  # and parallel branches that are none
@@ -84,6 +84,7 @@ WITHOUT_SHORTCUTS = [
     "torchvision:squeezenet1_0",
     pytest.param("fastvit_t8", marks=SLOW),
     pytest.param("nasnetalarge", marks=SLOW),
+    pytest.param("pnasnet5large", marks=SLOW),  # sums side by side, concatenated
     pytest.param("efficientvit_m0", marks=SLOW),  # stage transitions on the main path
 ]
 
@@ -214,6 +215,24 @@ def test_a_projection_sliced_added_and_concatenated_is_a_shortcut():
     assert names_with("@shortcut", model, image()) == {"skip"}
 
 
+def cell_of_sums(*, other):
+    """A sum with a 1x1 on its short side, concatenated with what ``other`` makes."""
+    return FromFunction(
+        lambda self, x: torch.cat([self.skip(x) + self.main(x), self.other(x)], 1),
+        skip=nn.Conv2d(3, 8, 1),
+        main=nn.Sequential(conv_bn(3, 8), conv_bn(8, 8)),
+        other=other,
+    )
+
+
+def test_one_of_several_sums_side_by_side_has_no_shortcut():
+    assert names_with("@shortcut", cell_of_sums(other=Residual()), image()) == {"other.projection.0"}
+
+
+def test_a_sum_concatenated_with_the_input_has_a_shortcut():
+    assert names_with("@shortcut", cell_of_sums(other=nn.AvgPool2d(3, 1, 1)), image()) == {"skip"}
+
+
 def test_averaged_heads_are_no_shortcuts():
     model = FromFunction(
         lambda self, x: (self.a(x) + self.b(self.deep(x))) / 2,
@@ -261,68 +280,6 @@ def test_depthwise_layers_of_a_network():
     expected = {name for name, part in model.named_modules() if isinstance(part, nn.Conv2d) and part.groups > 1}
     assert len(expected) == 11
     assert names_with("@depthwise", model) == expected
-
-
-HEADS = [
-    ("resnet18", {"fc"}),
-    ("test_vit", {"head"}),
-    ("resnetv2_50", {"head.fc"}),  # a Conv2d
-    ("deit_tiny_distilled_patch16_224", {"head", "head_dist"}),  # a tuple
-    ("crossvit_tiny_240", {"head.0", "head.1"}),  # a ModuleList
-    ("repvit_m0_9", {"head.head.l", "head.head_dist.l"}),  # a composite
-    ("levit_128s", {"head.linear", "head_dist.linear"}),  # a tuple of NormLinear
-    ("vit_small_patch16_dinov3", set()),  # Identity
-    ("torchvision:squeezenet1_0", {"classifier.1"}),  # a Conv2d, with a ReLU and a pool behind
-    ("torchvision:mobilenet_v3_small", {"classifier.3"}),
-    ("torchvision:vit_b_16", {"heads.head"}),
-    ("torchvision:swin_t", {"head"}),
-    ("torchvision:vgg11", {"classifier.6"}),
-    ("torchvision:googlenet", {"aux1.fc2", "aux2.fc2", "fc"}),
-]
-
-
-@pytest.mark.parametrize(("name", "expected"), HEADS, ids=[name for name, _ in HEADS])
-def test_heads_of_known_networks(name, expected):
-    assert names_with("@head", hollow(name)) == expected
-
-
-def test_a_head_taken_away_is_no_head():
-    model = hollow("resnet18")
-    model.reset_classifier(0)
-    assert names_with("@head", model) == set()
-
-
-def test_the_head_of_a_model_of_ones_own_is_its_last_layer():
-    assert names_with("@head", small_net(), image()) == {"7"}
-
-
-def test_a_head_behind_a_softmax_is_a_head():
-    assert names_with("@head", nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.Softmax(-1))) == {"2"}
-
-
-def test_heads_whose_outputs_are_several_are_all_heads():
-    model = FromFunction(
-        lambda self, x: {"age": self.a(self.body(x)), "name": self.b(self.body(x))},
-        body=nn.Linear(6, 6),
-        a=nn.Linear(6, 4),
-        b=nn.Linear(6, 3),
-    )
-    assert names_with("@head", model, torch.rand(2, 6)) == {"a", "b"}
-
-
-def test_a_network_without_a_classifier_has_no_head():
-    features = nn.Sequential(conv_bn(3, 8), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    assert names_with("@head", features, image()) == set()
-
-
-def test_a_composite_head_without_layers_of_the_right_width_ends_with_its_last_layer():
-    model = FromFunction(lambda self, x: self.head(self.body(x)), body=nn.Linear(6, 6), head=nn.Sequential())
-    model.head.extend([nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)])
-    type(model).get_classifier = lambda self: self.head
-    try:
-        assert names_with("@head", model, torch.rand(2, 6)) == {"head.2"}
-    finally:
-        del type(model).get_classifier
 
 
 def test_roles_are_those_of_the_site():
