@@ -1,5 +1,5 @@
 """``python -m spherify``, the same as ``spherify``."""
 
-from spherify.cli import main
+from spherify.cli.app import main
 
 main()

@@ -15,7 +15,8 @@ import safetensors.torch
 import timm
 import torch
 
-from spherify import Options, __version__, cli, load
+from spherify import Options, __version__, load
+from spherify.cli import app as cli
 from spherify.errors import FileError, OptionError, SpherifyError
 
 MODEL = "test_resnet"  # timm's smallest: 16 layers, among them two 1x1 shortcuts and the classifier
@@ -116,7 +117,7 @@ def test_help_comes_in_under_half_a_second():
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--bogus"], ["list", "colours"]])
 def test_what_needs_no_torch_does_not_import_it(arguments):
     script = (
-        "import sys\nfrom spherify.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom spherify.cli.app import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
         "sys.exit(len({'torch', 'timm', 'torchvision', 'numpy'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)

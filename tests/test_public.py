@@ -99,7 +99,7 @@ ORDERS = [
     "from spherify.plan import plan",
     "import importlib; importlib.import_module('spherify.plan')",
     "import spherify; spherify.spherify; spherify.Plan",
-    "import spherify.cli",
+    "import spherify.cli.app",
     "from spherify import plan; import spherify.plan.rules",
 ]
 TRIES_EVERY_ORDER = f"""
@@ -212,7 +212,7 @@ def test_the_commands_of_the_readme_have_options_that_exist():
         pytest.skip("there is no README.md")
     from typer.main import get_command
 
-    from spherify.cli import app
+    from spherify.cli.app import app
 
     known = {
         option
