@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from spherify.errors import ModelError
+from spherify.graph.shapes import answer
 
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FILLS_ARGUMENT = frozenset({"__setitem__"})  # changes its first argument and returns nothing
@@ -140,9 +141,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
         version = first._version if first is not None else None
-        output = func(*args, **kwargs)
-        if first is not None and output is first and first._version == version:
-            return output  # nothing was done, as by ``to`` with the type it has
+        output = answer(func, args, kwargs)
+        if output is None:
+            output = func(*args, **kwargs)
+            if first is not None and output is first and first._version == version:
+                return output  # nothing was done, as by ``to`` with the type it has
         made = list(tensors_in(output))
         name = getattr(func, "__name__", "")
         if made or name in FILLS_ARGUMENT:
