@@ -1,6 +1,6 @@
-"""Peak memory of a conversion in place, relative to the model's own weights: ``python -m benchmarks.conversion_memory``.
+"""Peak memory of a conversion in place, relative to the model's own weights.
 
-Linux only: it reads and resets the peak of the resident set in /proc.
+``python -m benchmarks.conversion_memory [MODEL ...]``. Linux only: it reads and resets the peak of the resident set.
 """
 
 from __future__ import annotations

@@ -327,3 +327,19 @@ def test_errors_are_of_one_family():
         assert issubclass(error, SpherifyError)
     assert issubclass(OptionError, ValueError)
     assert issubclass(ModelError, TypeError)
+
+
+def test_an_input_the_model_also_trains_on_goes_first():
+    class NeedsLargeImages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.aux = nn.Conv2d(4, 2, 250)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x, self.aux(x)) if self.training else x
+
+    report = plan(NeedsLargeImages())
+    assert [decision.rule for decision in report.decisions] == ["convert", "head"]  # not "unused"
+    assert not any("Train mode could not be recorded" in note for note in report.notes)

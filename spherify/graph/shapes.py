@@ -12,11 +12,11 @@ from torch import Tensor
 Answer = Tensor | tuple[Tensor, ...] | None  # None: ask torch itself
 
 
-def shape_of_input(x: Tensor, *args: Any, inplace: bool = False, **kwargs: Any) -> Answer:
+def shape_of_input(x: Tensor, inplace: bool = False) -> Answer:
     """Activations: the shape and type of the input; in place, the input itself."""
     if not x.is_floating_point():
         return None
-    return x if inplace or args[:1] == (True,) else torch.empty_like(x)
+    return x if inplace else torch.empty_like(x)
 
 
 def shape_of_gelu(x: Tensor, approximate: str = "none") -> Answer:
