@@ -341,5 +341,5 @@ def test_an_input_the_model_also_trains_on_goes_first():
             return (x, self.aux(x)) if self.training else x
 
     report = plan(NeedsLargeImages())
-    assert [decision.rule for decision in report.decisions] == ["convert", "head"]  # not "unused"
+    assert [decision.rule for decision in report.decisions] == ["body", "head"]  # not "unused"
     assert not any("Train mode could not be recorded" in note for note in report.notes)
