@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -226,12 +227,14 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def unchanged_random_state() -> Iterator[None]:
-    python_state = random.getstate()
+    """Of torch, Python and NumPy: models draw from all three."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def run(model: nn.Module, inputs: Inputs, training: bool, device: str) -> Recording:
