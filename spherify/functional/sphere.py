@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,6 +62,11 @@ def respond(
     return out
 
 
+def asks_for_shapes(x: Tensor) -> bool:
+    """Whether this is a run without data and without gradients: the plain twin's answer has the same shape and type."""
+    return x.is_meta and not torch.is_grad_enabled()
+
+
 def plain_conv(
     x: Tensor,
     weight: Tensor,
@@ -98,7 +104,7 @@ def sphere_conv(
         raise OptionError(f"sphere_conv{dims}d: the weight has {weight.dim()} dimensions, not {dims + 2}.")
     if x.dim() == dims + 1:  # unbatched, as the plain convolution allows
         return sphere_conv(dims, x[None], weight, bias, operator, k, eps, gain, window)[0]
-    if operator == "identity":
+    if operator == "identity" or asks_for_shapes(x):
         return plain_conv(x, weight, bias, **window)
     cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
     return respond(cosine, operator, k, gain, bias, weight.shape[0], dims).to(out_type)
@@ -220,7 +226,7 @@ def sphere_linear(
     Source: Liu et al. 2017, Deep Hyperspherical Learning, arXiv:1711.03189, eq. 1.
     """
     check_call(operator, k, eps)
-    if operator == "identity":
+    if operator == "identity" or asks_for_shapes(x):
         return F.linear(x, weight, bias)
     cosine, out_type = linear_cosine_and_type(x, weight, eps)
     return respond(cosine, operator, k, gain, bias, weight.shape[0], 0).to(out_type)
