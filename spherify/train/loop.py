@@ -69,6 +69,8 @@ class Loop:
             is_whole = run.step == run.total and run.tested == run.step
             stopped_by = None if is_whole else self.wish.name or "another process"
             self.end(stopped_by)
+            if is_whole and self.evaluation is None:
+                self.tested()  # the run was whole already when it was resumed
         return Fitted(
             model=run.model if run.average is None else run.average.module,
             rows=self.history.rows,

@@ -180,6 +180,15 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     finish(pyplot, figure, path)
 
 
+def try_to_draw_confusion(evaluation: Evaluation, path: Path) -> list[str]:
+    """A line where the picture could be drawn, or why it could not."""
+    try:
+        draw_confusion(evaluation, path)
+    except (SpherifyError, OSError) as error:
+        return [f"no picture of the confusions: {error}"]
+    return [f"confusion matrix in {path}"]
+
+
 def longest(evaluation: Evaluation) -> int:
     return max(map(len, evaluation.classes))
 

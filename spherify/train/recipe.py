@@ -166,8 +166,8 @@ class Recipe:
 
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "fast": (
-        "the default: AdamW, one cosine over 12 epochs with a warm-up, small shifts",
-        Recipe(epochs=12, batch_size=64, lr=2e-3, warmup_epochs=1, scale=(0.7, 1.0), ratio=(0.9, 1.1), smoothing=0.05),
+        "the default: AdamW, one cosine over 8 epochs with a warm-up, small shifts",
+        Recipe(epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1, scale=(0.7, 1.0), ratio=(0.9, 1.1), smoothing=0.05),
     ),
     "finetune": (
         "a converted or pretrained network on new data: AdamW, small steps, 10 epochs",
