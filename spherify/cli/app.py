@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from spherify.cli.convert import convert
+from spherify.cli.evaluate import evaluate
 from spherify.cli.list_names import list_names
+from spherify.cli.train import train
 from spherify.errors import OptionError, SpherifyError
 from spherify.version import __version__
 
@@ -41,6 +43,8 @@ def group(
 
 
 app.command()(convert)
+app.command()(train)
+app.command()(evaluate)
 app.command(name="list")(list_names)
 
 
