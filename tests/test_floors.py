@@ -11,9 +11,9 @@ FLOORS = [  # from the ground up; rooms on one floor do not know each other
     {"errors", "version"},
     {"functional"},
     {"graph", "layers", "heads", "models", "data"},
-    {"plan", "calibrate", "regularizers", "parameter_groups"},
+    {"plan", "regularizers", "parameter_groups"},
     {"rewrite", "train"},
-    {"convert", "export"},
+    {"convert", "export", "calibrate"},
     {"experiments", "report", "bench"},
     {"cli"},
 ]

@@ -26,6 +26,7 @@ class Samples:
     beside: Tensor | None = None
     low: float | None = None
     high: float | None = None
+    weights: Tensor | None = None
 
     @property
     def is_one_sided(self) -> bool:
@@ -64,11 +65,13 @@ class Equations:
         centred: fit an offset too.
     """
 
-    def __init__(self, rows: Tensor, ridge: float, centred: bool) -> None:
+    def __init__(self, rows: Tensor, ridge: float, centred: bool, weights: Tensor | None = None) -> None:
         self.rows, self.centred = rows, centred
         count = rows.shape[1]
-        self.mean = rows.mean(1, dtype=torch.float64) if centred else rows.new_zeros(rows.shape[::2], dtype=torch.double)
-        gram = self.products(rows, rows) - count * self.mean[:, :, None] * self.mean[:, None]
+        self.weights = weights
+        self.weighted = rows if weights is None else rows * weights[None, :, None]
+        self.mean = self.weighted.mean(1, dtype=torch.float64) if centred else rows.new_zeros(rows.shape[::2], dtype=torch.double)
+        gram = self.products(self.weighted, rows) - count * self.mean[:, :, None] * self.mean[:, None]
         size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
         self.ridge = ridge * size
         gram.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
@@ -86,10 +89,10 @@ class Equations:
         """The map with the least squared error, drawn towards ``prior`` (G, O/G, D) by the ridge."""
         rows, count = self.rows, self.rows.shape[1]
         if self.centred:
-            target_mean = targets.mean(1, dtype=torch.float64)
+            target_mean = (targets if self.weights is None else targets * self.weights[None, :, None]).mean(1, dtype=torch.float64)
         else:
             target_mean = torch.zeros_like(prior[:, :, 0], dtype=torch.double)
-        right = self.products(rows, targets) - count * self.mean[:, :, None] * target_mean[:, None]
+        right = self.products(self.weighted, targets) - count * self.mean[:, :, None] * target_mean[:, None]
         right += self.ridge[:, None, None] * prior.mT.double()
         weight = torch.cholesky_solve(right, self.factor).mT  # (G, O/G, D)
         offset = target_mean - (weight @ self.mean[:, :, None])[:, :, 0]
@@ -102,7 +105,7 @@ def fitted(samples: Samples, prior: Tensor, *, ridge: float, rounds: int, centre
     One-sided targets are moved to the answers where the activation is flat, and the map is solved again, ``rounds``
     times; each round lowers the one-sided error (it minimises an upper bound that touches it).
     """
-    equations = Equations(samples.rows, ridge, centred)
+    equations = Equations(samples.rows, ridge, centred, samples.weights)
     line = equations.solve(samples.targets, prior)
     if not samples.is_one_sided:
         return line, samples.targets
@@ -113,12 +116,13 @@ def fitted(samples: Samples, prior: Tensor, *, ridge: float, rounds: int, centre
     return line, targets
 
 
-def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """For each output, the factor and offset that bring values nearest to targets: (G, R, O) to twice (G, O)."""
+    w = 1.0 if weights is None else weights[None, :, None]
     if not centred:
-        scale = (values * targets).sum(1) / values.square().sum(1).clamp_min(1e-20)
+        scale = (w * values * targets).sum(1) / (w * values.square()).sum(1).clamp_min(1e-20)
         return scale, torch.zeros_like(scale)
-    value_mean, target_mean = values.mean(1), targets.mean(1)
+    value_mean, target_mean = (w * values).mean(1), (w * targets).mean(1)
     spread = values - value_mean[:, None]
-    scale = (spread * (targets - target_mean[:, None])).sum(1) / spread.square().sum(1).clamp_min(1e-20)
+    scale = (w * spread * (targets - target_mean[:, None])).sum(1) / (w * spread.square()).sum(1).clamp_min(1e-20)
     return scale, target_mean - scale * value_mean
