@@ -14,6 +14,7 @@ from spherify.version import __version__
 
 if TYPE_CHECKING:
     from spherify import functional, heads, layers, regularizers
+    from spherify.calibrate.calibrate import calibrate
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
     from spherify.export.folder import load, save
@@ -26,6 +27,7 @@ HOMES = {
     "spherify": "spherify.convert",
     "plan": "spherify.convert",
     "unspherify": "spherify.convert",
+    "calibrate": "spherify.calibrate.calibrate",
     "register_twin": "spherify.rewrite.swaps",
     "parameter_groups": "spherify.parameter_groups",
     "save": "spherify.export.folder",
@@ -42,7 +44,7 @@ ROOMS = ("functional", "layers", "heads", "regularizers")
 
 
 class Face(ModuleType):
-    """This package. Its function ``plan`` and its room ``plan`` share a name; as an attribute, the function wins."""
+    """This package. A function and its room may share a name (``plan``); as an attribute, the function wins."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in HOMES and isinstance(value, ModuleType)):  # what importing a room would set
@@ -74,6 +76,7 @@ __all__ = [
     "RewriteError",
     "SpherifyError",
     "__version__",
+    "calibrate",
     "functional",
     "heads",
     "layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
 
 MOST_NAMED = 3  # problems spelt out in one line
 CONVERSION = "spherify_conversion"  # attribute of a converted model: the plan that was carried out on it
+CHECKSUM = "_spherify_checksum"  # attribute of a converted model: of its weights as they were then
 
 
 def misfits(model: nn.Module, plan: Plan) -> list[str]:
@@ -65,6 +67,21 @@ def apply_(model: nn.Module, plan: Plan) -> None:
         owner = model.get_submodule(name)
         owner.__class__ = redirected_class(type(owner))
     setattr(model, CONVERSION, replace(plan, carry_out=None))
+    setattr(model, CHECKSUM, checksum(model))
+
+
+def checksum(model: nn.Module) -> float:
+    """A number that changes with the weights and buffers; nan while they have no data."""
+    values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    if any(value.is_meta for value in values):
+        return math.nan
+    kinds = (value.double() for value in values if not value.is_complex())
+    return sum(float(value.sum() + value.square().sum()) for value in kinds)
+
+
+def is_untouched(model: nn.Module) -> bool:
+    """The weights of a converted model are still those that it was converted with."""
+    return bool(model.__dict__.get(CHECKSUM, math.nan) == checksum(model))
 
 
 def undo_(model: nn.Module) -> int:
@@ -90,6 +107,7 @@ def undo_(model: nn.Module) -> int:
     for _, layer in converted:
         swap_back_(layer)
     model.__dict__.pop(CONVERSION, None)
+    model.__dict__.pop(CHECKSUM, None)
     return len(converted) + len(removed)
 
 

@@ -1,0 +1,128 @@
+"""Ridge regression of many outputs on shared rows, with one-sided targets, in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS_AT_ONCE = 8192
+
+
+@dataclass
+class Samples:
+    """What one layer is fitted to, group by group.
+
+    Attributes:
+        rows: (G, R, D) inputs.
+        targets: (G, R, O/G) what the layer should answer.
+        beside: (G, R, O/G) what is added to the answer before the activation, or None where nothing is.
+        low, high: bounds of the activation; beyond them it is flat, and any answer beyond is as good.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    beside: Tensor | None = None
+    low: float | None = None
+    high: float | None = None
+    weights: Tensor | None = None
+
+    @property
+    def is_one_sided(self) -> bool:
+        return self.low is not None or self.high is not None
+
+    def targets_near(self, answers: Tensor) -> Tensor:
+        """The targets, moved to the answers wherever the activation does not tell the two apart."""
+        beside = 0.0 if self.beside is None else self.beside
+        moved = self.targets
+        if self.low is not None:
+            floor = self.low - beside
+            moved = torch.where(self.targets <= floor, torch.minimum(answers, torch.as_tensor(floor)), moved)
+        if self.high is not None:
+            ceiling = self.high - beside
+            moved = torch.where(self.targets >= ceiling, torch.maximum(answers, torch.as_tensor(ceiling)), moved)
+        return moved
+
+
+@dataclass
+class Line:
+    """An affine map, group by group: weight (G, O/G, D), offset (G, O/G)."""
+
+    weight: Tensor
+    offset: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.baddbmm(self.offset[:, None], rows, self.weight.mT)
+
+
+class Equations:
+    """The normal equations of shared rows, factorised once for any number of targets.
+
+    Args:
+        rows: (G, R, D).
+        ridge: relative to the mean square of a centred input.
+        centred: fit an offset too.
+    """
+
+    def __init__(self, rows: Tensor, ridge: float, centred: bool, weights: Tensor | None = None) -> None:
+        self.rows, self.centred = rows, centred
+        count = rows.shape[1]
+        self.weights = weights
+        self.weighted = rows if weights is None else rows * weights[None, :, None]
+        self.mean = self.weighted.mean(1, dtype=torch.float64) if centred else rows.new_zeros(rows.shape[::2], dtype=torch.double)
+        gram = self.products(self.weighted, rows) - count * self.mean[:, :, None] * self.mean[:, None]
+        size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
+        self.ridge = ridge * size
+        gram.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
+        self.factor = torch.linalg.cholesky(gram)
+
+    @staticmethod
+    def products(left: Tensor, right: Tensor) -> Tensor:
+        """(G, D, O) sums over the rows, in float64 from blocks in the type of the rows."""
+        total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=torch.float64)
+        for a, b in zip(left.split(ROWS_AT_ONCE, 1), right.split(ROWS_AT_ONCE, 1), strict=True):
+            total += a.mT @ b
+        return total
+
+    def solve(self, targets: Tensor, prior: Tensor) -> Line:
+        """The map with the least squared error, drawn towards ``prior`` (G, O/G, D) by the ridge."""
+        rows, count = self.rows, self.rows.shape[1]
+        if self.centred:
+            target_mean = (targets if self.weights is None else targets * self.weights[None, :, None]).mean(1, dtype=torch.float64)
+        else:
+            target_mean = torch.zeros_like(prior[:, :, 0], dtype=torch.double)
+        right = self.products(self.weighted, targets) - count * self.mean[:, :, None] * target_mean[:, None]
+        right += self.ridge[:, None, None] * prior.mT.double()
+        weight = torch.cholesky_solve(right, self.factor).mT  # (G, O/G, D)
+        offset = target_mean - (weight @ self.mean[:, :, None])[:, :, 0]
+        return Line(weight.to(rows.dtype), offset.to(rows.dtype))
+
+
+def fitted(samples: Samples, prior: Tensor, *, ridge: float, rounds: int, centred: bool) -> tuple[Line, Tensor]:
+    """The affine map that answers the samples best, and the targets as they stood at last.
+
+    One-sided targets are moved to the answers where the activation is flat, and the map is solved again, ``rounds``
+    times; each round lowers the one-sided error (it minimises an upper bound that touches it).
+    """
+    equations = Equations(samples.rows, ridge, centred, samples.weights)
+    line = equations.solve(samples.targets, prior)
+    if not samples.is_one_sided:
+        return line, samples.targets
+    targets = samples.targets
+    for _ in range(rounds):
+        targets = samples.targets_near(line(samples.rows))
+        line = equations.solve(targets, prior)
+    return line, targets
+
+
+def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For each output, the factor and offset that bring values nearest to targets: (G, R, O) to twice (G, O)."""
+    w = 1.0 if weights is None else weights[None, :, None]
+    if not centred:
+        scale = (w * values * targets).sum(1) / (w * values.square()).sum(1).clamp_min(1e-20)
+        return scale, torch.zeros_like(scale)
+    value_mean, target_mean = (w * values).mean(1), (w * targets).mean(1)
+    spread = values - value_mean[:, None]
+    scale = (w * spread * (targets - target_mean[:, None])).sum(1) / (w * spread.square()).sum(1).clamp_min(1e-20)
+    return scale, target_mean - scale * value_mean
