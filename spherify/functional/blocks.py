@@ -7,7 +7,7 @@ is a few images, small enough to stay in a core's cache from the first pass over
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,7 @@ def grouped(x: Tensor, groups: int) -> Tensor:
 def normalise_and_respond_(
     product: Tensor,
     inverse_norm: Tensor,
+    inverse_length: Tensor | None,
     operator: str,
     k: float | Tensor | None,
     gain: Tensor | None,
@@ -92,6 +93,7 @@ def normalise_and_respond_(
     Args:
         product: (N, O, ...) of any floating type.
         inverse_norm: (N, G, ...) in float32 or wider.
+        inverse_length: of the filters, where ``product`` is not by unit filters.
         k, gain, bias: numbers, or tensors that broadcast as (O, 1, ...).
     """
     softness, groups = Softness.of(k), inverse_norm.shape[1]
@@ -99,9 +101,12 @@ def normalise_and_respond_(
         part, inverse = product[block], inverse_norm[block].unsqueeze(2)
         if part.dtype == inverse_norm.dtype:
             grouped(part, groups).mul_(inverse)
+            if inverse_length is not None:
+                part.mul_(inverse_length)
             respond_(part, operator, softness, gain, bias)
         else:
             wide = (grouped(part, groups) * inverse).flatten(1, 2)
+            wide = wide if inverse_length is None else wide.mul_(inverse_length)
             part.copy_(respond_(wide, operator, softness, gain, bias))
     return product
 
@@ -113,12 +118,14 @@ class Gradients:
     Attributes:
         product: (N, O, ...) in the type of the output; for the cosine without the factor ``gain``.
         along: (N, G, ...): sum over the filters of the gradient by the cosine times the cosine.
+        along_filter: (O,): the same summed over the patches.
         bias, gain, k: (O,), in float32 or wider; gain and k are None for the cosine.
     """
 
     product: Tensor
     along: Tensor
-    bias: Tensor | None
+    along_filter: Tensor
+    bias: Tensor | None = None
     gain: Tensor | None = None
     k: Tensor | None = None
 
@@ -127,23 +134,24 @@ def respond_backward(
     gradient: Tensor,
     saved: Tensor,
     inverse_norm: Tensor,
+    inverse_length: Tensor | None,
     operator: str,
     k: float | Tensor | None,
     gain: Tensor | None,
     bias: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Sequence[bool],
 ) -> Gradients:
     """Gradients from what the forward pass left.
 
     Args:
         saved: for the cosine the output, gain and bias included; else the response before gain and bias.
-        needs: whether the gradients along the patch, by the bias, by the gain and by k are wanted.
+        needs: whether the gradients by input, weight, bias, gain and k are wanted.
     """
-    needs_along, needs_bias, needs_gain, needs_k = needs
+    needs_x, needs_weight, needs_bias, needs_gain, needs_k = needs
     softness, groups, filters = Softness.of(k), inverse_norm.shape[1], saved.shape[1]
     wide = inverse_norm.dtype
-    found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), None)
-    by_filter = inverse_norm.new_zeros(3, filters)
+    by_filter = inverse_norm.new_zeros(4, filters)
+    found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), by_filter[3])
     others = [0, *range(2, saved.dim())]
     largest = torch.finfo(saved.dtype).max
     for block in blocks(saved):
@@ -158,8 +166,11 @@ def respond_backward(
                 by_filter[1] += (part * answer).sum(others)
             part = part if gain is None else part * gain
             cosine, slope = slope_at(answer, part, softness, saved.dtype, by_filter[2] if needs_k else None)
-        if needs_along:
-            torch.sum(grouped(cosine * slope, groups), 2, out=found.along[block])
+        if needs_x or needs_weight:
+            along = cosine * slope
+            torch.sum(grouped(along, groups), 2, out=found.along[block])
+            by_filter[3] += along.sum(others)
+        slope = slope if inverse_length is None else slope * inverse_length
         if found.product.dtype == wide:
             torch.mul(grouped(slope, groups), inverse, out=grouped(found.product[block], groups))
         else:  # float16 ends at 65504, and the slope may be steep at a patch of zeros

@@ -54,7 +54,13 @@ def type_of_product(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def patch_inverse_norm(
-    x: Tensor, window: Sequence[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, eps: float
+    x: Tensor,
+    window: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
 ) -> Tensor:
     """1 / |patch|, (N, G, P, Q) in float32 or wider."""
     energy = energy_of(x, groups)
@@ -92,7 +98,9 @@ def filter_shape(value: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tens
     return None if value is None else value.to(dtype).reshape(-1, *[1] * (like.dim() - 2))
 
 
-def multiply(x: Tensor, filters: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+def multiply(
+    x: Tensor, filters: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
     if filters.dim() == 2:
         return F.linear(x, filters)
     return CONVOLUTIONS[filters.dim() - 2](x, filters, None, stride, padding, dilation, groups)
@@ -127,20 +135,40 @@ def sphere_product(
         The output (N, O, ...), the inverse norm (N, G, ...) and, where it cannot be had from the output, the
         response before gain and bias (else an empty tensor).
     """
-    unit, power = unit_filters(weight, eps=eps)
     inverse = patch_inverse_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
-    out = multiply(x.to(compute), unit.to(compute), stride, padding, dilation, groups)
+    filters, length, power = filters_for(weight, inverse, eps, compute)
+    out = multiply(x.to(compute), filters.to(compute), stride, padding, dilation, groups)
     wide = inverse.dtype
     softness = fixed_k or None if k is None else filter_shape(k, out, wide)
-    by_filter = filter_shape(gain, out, wide), filter_shape(bias, out, wide)
-    scaled = inverse * power
+    scale, offset = filter_shape(gain, out, wide), filter_shape(bias, out, wide)
+    shaped, scaled = filter_shape(length, out, wide), inverse if power == 1.0 else inverse * power
     if operator == "cosine" or (gain is None and bias is None):
-        normalise_and_respond_(out, scaled, operator, softness, *by_filter)
+        normalise_and_respond_(out, scaled, shaped, operator, softness, scale, offset)
         return out, inverse, x.new_empty(0)
-    response = normalise_and_respond_(out, scaled, operator, softness, None, None)
-    scale, offset = by_filter
+    response = normalise_and_respond_(out, scaled, shaped, operator, softness, None, None)
     out = response.clone() if scale is None else (response * scale).to(compute)
     return out if offset is None else out.add_(offset), inverse, response
+
+
+def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
+    """(O,): 1 / |w| of each filter, in float32 or wider."""
+    rows = weight.flatten(1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=wide_type(weight.dtype)).square_().add_(eps).rsqrt_()
+
+
+def filters_for(
+    weight: Tensor, inverse_norm: Tensor, eps: float, compute: torch.dtype
+) -> tuple[Tensor, Tensor | None, float]:
+    """What the input is multiplied by, and by what the product is to be multiplied: filter by filter, and as a whole.
+
+    Where the output is small against the weight it is the output that is divided by the filters' lengths: one pass
+    in place of three over the weight. Not in float16, whose range asks for unit filters.
+    """
+    positions = inverse_norm.numel() // max(1, inverse_norm.shape[1])
+    if compute != torch.float16 and positions * weight.shape[0] <= 2 * weight.numel():
+        return weight, inverse_lengths(weight, eps), 1.0
+    unit, power = unit_filters(weight, eps=eps)
+    return unit, None, power
 
 
 @sphere_product.register_fake
@@ -186,37 +214,40 @@ def fast_backward(
     inverse: Tensor,
 ) -> list[Tensor | None]:
     stride, padding, dilation, groups, operator, fixed_k, eps, compute = ctx.numbers
-    needs_x, needs_weight, needs_bias, needs_gain, needs_k = ctx.needs_input_grad[:5]
+    needs = ctx.needs_input_grad[:5]
+    needs_x, needs_weight, needs_bias, needs_gain, needs_k = needs
     wide = inverse.dtype
-    unit, power = unit_filters(weight, eps=eps)
+    filters, length, power = filters_for(weight, inverse, eps, compute)
     softness = fixed_k or None if k is None else filter_shape(k, answer, wide)
     scale, offset = filter_shape(gain, answer, wide), filter_shape(bias, answer, wide)
     is_cosine = operator == "cosine"
+    scaled = inverse if power == 1.0 else inverse * power
     found = respond_backward(
-        gradient,
-        answer,
-        inverse * power,
-        operator,
-        softness,
-        scale,
-        offset,
-        (needs_x, needs_bias, needs_gain, needs_k),
+        gradient, answer, scaled, filter_shape(length, answer, wide), operator, softness, scale, offset, needs
     )
-    # For the cosine the gain is in the filters: the sums for it then cost nothing.
-    scaled = unit if scale is None or not is_cosine else unit.to(wide) * gain_of(gain, weight)
-    needs_unit = needs_weight or (needs_gain and is_cosine)
-    by_x, by_unit = multiply_backward(
-        found.product, x.to(compute), scaled.to(compute), stride, padding, dilation, groups, needs_x, needs_unit
+    # For the cosine the gain is in the filters, where the sums for its gradient cost nothing.
+    is_in_filters = is_cosine and gain is not None
+    with_gain = filters.to(wide) * rows_of(gain, weight) if is_in_filters and needs_x else filters
+    by_x, by_filters = multiply_backward(
+        found.product,
+        x.to(compute),
+        with_gain.to(compute),
+        stride,
+        padding,
+        dilation,
+        groups,
+        needs_x,
+        needs_weight or (needs_gain and is_in_filters),
     )
-    by_weight = by_gain = None
-    if by_unit is not None:
-        by_unit = by_unit.to(wide_type(weight.dtype))
-        if is_cosine and gain is not None:
-            if needs_gain:
-                by_gain = (by_unit * unit).flatten(1).sum(1)
-            by_unit = by_unit * gain_of(gain, weight)
+    by_gain = None if is_cosine else found.gain
+    by_weight = None
+    if by_filters is not None:
+        by_filters = by_filters.to(wide_type(weight.dtype))
+        if is_in_filters:
+            by_gain = (by_filters * filters).flatten(1).sum(1) if needs_gain else None
+            by_filters.mul_(rows_of(gain, weight))
         if needs_weight:
-            by_weight = by_direction(by_unit, weight, eps, power).to(weight.dtype)
+            by_weight = by_direction_(by_filters, weight, found.along_filter, eps, power, length)
     if by_x is not None:
         along = spread_over_window(
             found.along.mul_(inverse * inverse), x.shape[2:], weight.shape[2:], stride, padding, dilation
@@ -233,9 +264,10 @@ def fast_backward(
     ]
 
 
-def gain_of(gain: Tensor | None, weight: Tensor) -> Tensor:
-    assert gain is not None
-    return gain.to(wide_type(weight.dtype)).reshape(-1, *[1] * (weight.dim() - 1))
+def rows_of(value: Tensor | None, weight: Tensor) -> Tensor:
+    """(O,) shaped to broadcast against the weight."""
+    assert value is not None
+    return value.to(wide_type(weight.dtype)).reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def like(gradient: Tensor | None, leaf: Tensor | None, is_needed: bool) -> Tensor | None:
@@ -256,14 +288,20 @@ def subtract_along_(by_x: Tensor, x: Tensor, along: Tensor) -> Tensor:
     return by_x.sub_(step)
 
 
-def by_direction(by_unit: Tensor, weight: Tensor, eps: float, power: float) -> Tensor:
-    """The gradient by the weight of ``unit_filters``, from that by the unit filters."""
-    wide = weight.to(by_unit.dtype)
-    rows = wide.flatten(1)
-    inverse = ((rows * rows).sum(1) + eps).rsqrt_()
-    along = (by_unit.flatten(1) * rows).sum(1) * inverse.square()
-    shape = (-1, *[1] * (weight.dim() - 1))
-    return (by_unit - wide * along.view(shape)) * (inverse / power).view(shape)
+def by_direction_(
+    by_filters: Tensor, weight: Tensor, along: Tensor, eps: float, power: float, length: Tensor | None
+) -> Tensor:
+    """The gradient by the weight from that by the filters of ``filters_for``, in place.
+
+    A filter's length does not matter: what the gradient has along the filter, ``along`` in all, is taken off.
+    """
+    inverse = inverse_lengths(weight, eps) if length is None else length
+    if length is None:
+        by_filters.mul_(rows_of(inverse / power, weight))
+    factor = rows_of(inverse.square() * along.to(inverse.dtype), weight)
+    if weight.dtype == by_filters.dtype:
+        return by_filters.addcmul_(weight, factor, value=-1)
+    return by_filters.sub_(weight * factor).to(weight.dtype)
 
 
 def multiply_backward(
