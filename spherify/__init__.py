@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spherify import functional, layers
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
+    from spherify.export.fold import fold
     from spherify.export.folder import load, save
     from spherify.plan.options import Options
     from spherify.plan.plan import Plan
@@ -26,6 +27,7 @@ HOMES = {
     "plan": "spherify.convert",
     "unspherify": "spherify.convert",
     "register_twin": "spherify.rewrite.swaps",
+    "fold": "spherify.export.fold",
     "save": "spherify.export.folder",
     "load": "spherify.export.folder",
     "Options": "spherify.plan.options",
@@ -72,6 +74,7 @@ __all__ = [
     "RewriteError",
     "SpherifyError",
     "__version__",
+    "fold",
     "functional",
     "layers",
     "load",

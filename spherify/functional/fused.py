@@ -339,7 +339,7 @@ def differentiable_backward(
     """For gradients of gradients: the plain operations once more, and their own derivatives."""
     from spherify.functional.sphere import plain_sphere
 
-    stride, padding, dilation, groups, operator, fixed_k, eps, compute = ctx.numbers
+    stride, padding, dilation, groups, operator, fixed_k, eps, _ = ctx.numbers
     window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
     leaves = [x, weight, bias, gain, k]
     is_wanted = [leaf is not None and wanted for leaf, wanted in zip(leaves, ctx.needs_input_grad, strict=False)]
