@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spherify.calibrate.calibrate import calibrate
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
+    from spherify.export.fold import fold
     from spherify.export.folder import load, save
     from spherify.parameter_groups import parameter_groups
     from spherify.plan.options import Options
@@ -30,6 +31,7 @@ HOMES = {
     "calibrate": "spherify.calibrate.calibrate",
     "register_twin": "spherify.rewrite.swaps",
     "parameter_groups": "spherify.parameter_groups",
+    "fold": "spherify.export.fold",
     "save": "spherify.export.folder",
     "load": "spherify.export.folder",
     "Options": "spherify.plan.options",
@@ -77,6 +79,7 @@ __all__ = [
     "SpherifyError",
     "__version__",
     "calibrate",
+    "fold",
     "functional",
     "heads",
     "layers",

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from spherify.errors import FileError, OptionError
 from spherify.export.atomic import replacing_folder
 from spherify.export.describe import plan_as_it_stands, source_for
+from spherify.export.fold import FOLD, apply_fold_
 from spherify.functional.responses import K_MAX, K_MIN
+from spherify.graph.folding import FoldPlan
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, has_model, version_of
 from spherify.plan.plan import Plan
 from spherify.rewrite.apply import CONVERSION, apply_, conversion_of, in_short, misfits
@@ -54,7 +56,7 @@ def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | No
     try:
         with replacing_folder(folder) as new:
             safetensors.torch.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            config = config_of(plan, source, ties, new / WEIGHTS)
+            config = config_of(plan, source, ties, new / WEIGHTS, model.__dict__.get(FOLD))
             (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read
     except (OSError, safetensors.SafetensorError) as error:
@@ -92,7 +94,9 @@ def is_ours(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("library_name") == LIBRARY_NAME
 
 
-def config_of(plan: Plan, source: Source, ties: dict[str, str], weights: Path) -> dict[str, Any]:
+def config_of(
+    plan: Plan, source: Source, ties: dict[str, str], weights: Path, folded: FoldPlan | None = None
+) -> dict[str, Any]:
     """No root-level ``architecture``: timm refuses the folder instead of building the plain network from it."""
     config = {
         "library_name": LIBRARY_NAME,
@@ -105,6 +109,7 @@ def config_of(plan: Plan, source: Source, ties: dict[str, str], weights: Path) -
             "arguments": source.arguments,
         },
         **plan.to_record(),
+        **({} if folded is None else {"folded": folded.to_record()}),
         "k_range": [K_MIN, K_MAX],
         "head": {
             "kind": plan.options.head,
@@ -155,7 +160,7 @@ def load(folder: str | Path, *, base: nn.Module | None = None, device: str | tor
         device: where the weights are put.
 
     Returns:
-        The converted model, in train mode as a newly built one.
+        The converted model, in train mode as a newly built one; a folded one in eval mode.
 
     Raises:
         OptionError: there is no such folder, or ``base`` is missing.
@@ -168,10 +173,13 @@ def load(folder: str | Path, *, base: nn.Module | None = None, device: str | tor
     for fresh in bases(source, base, folder):
         plan = plan_for(fresh, config, folder)
         apply_(fresh, plan)
+        if "folded" in config:
+            apply_fold_(fresh, FoldPlan.from_record(config["folded"]))
         assign_tensors_(fresh, tensors, config["weights"]["ties"], folder)
         if not has_meta_tensors(fresh):  # buffers that no state dict holds stay on meta; then it is built with data
             break
-    fresh.train()
+    if "folded" not in config:
+        fresh.train()
     if source.library != CUSTOM:
         setattr(fresh, SOURCE, source)
     return fresh.to(device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.layers.angular import AngularLayer
+from spherify.layers.folded import Folded
 from spherify.layers.redirected import Redirected, redirected_class
 from spherify.layers.removed import Removed
 from spherify.plan.plan import Plan
@@ -94,6 +95,10 @@ def undo_(model: nn.Module) -> int:
         RewriteError: something removed was not saved with the folder that the model was loaded from. Nothing is
             changed then.
     """
+    if any(isinstance(part, Folded) for part in model.modules()):
+        raise RewriteError(
+            f"{type(model).__name__} is folded: its plain weights are gone; take back the unfolded model."
+        )
     converted = [
         (name, part) for name, part in model.named_modules() if isinstance(part, AngularLayer) and hasattr(part, ORIGIN)
     ]
