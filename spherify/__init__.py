@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from spherify.version import __version__
 
 if TYPE_CHECKING:
-    from spherify import functional, layers
+    from spherify import functional, heads, layers, regularizers
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
     from spherify.export.folder import load, save
+    from spherify.parameter_groups import parameter_groups
     from spherify.plan.options import Options
     from spherify.plan.plan import Plan
     from spherify.rewrite.swaps import register_twin
@@ -26,6 +27,7 @@ HOMES = {
     "plan": "spherify.convert",
     "unspherify": "spherify.convert",
     "register_twin": "spherify.rewrite.swaps",
+    "parameter_groups": "spherify.parameter_groups",
     "save": "spherify.export.folder",
     "load": "spherify.export.folder",
     "Options": "spherify.plan.options",
@@ -36,7 +38,7 @@ HOMES = {
     "RewriteError": "spherify.errors",
     "FileError": "spherify.errors",
 }
-ROOMS = ("functional", "layers")
+ROOMS = ("functional", "layers", "heads", "regularizers")
 
 
 class Face(ModuleType):
@@ -73,10 +75,13 @@ __all__ = [
     "SpherifyError",
     "__version__",
     "functional",
+    "heads",
     "layers",
     "load",
+    "parameter_groups",
     "plan",
     "register_twin",
+    "regularizers",
     "save",
     "spherify",
     "unspherify",

@@ -13,6 +13,8 @@ from spherify.functional.cosine import (
     unit_filters,
 )
 from spherify.functional.cosine import linear_cosine as cosine
+from spherify.functional.energies import orthogonality_gap, pair_energy
+from spherify.functional.margins import MARGINS, Margin, angle_of, psi
 from spherify.functional.responses import (
     K_MAX,
     K_MIN,
@@ -28,15 +30,21 @@ __all__ = [
     "DEFAULT_EPS",
     "K_MAX",
     "K_MIN",
+    "MARGINS",
     "RESPONSES",
+    "Margin",
     "Response",
+    "angle_of",
     "box_sum",
     "conv_cosine",
     "cosine",
     "cosine_response",
     "linear_cosine",
     "linear_response",
+    "orthogonality_gap",
+    "pair_energy",
     "patch_energy",
+    "psi",
     "sigmoid_response",
     "sphere_conv1d",
     "sphere_conv2d",
