@@ -207,6 +207,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     if precision == "fp16" and not torch.cuda.is_available():
         raise OptionError("amp_dtype float16 needs a GPU; choose bfloat16.")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.grad_accum_steps, sync_with_dataloader=False
