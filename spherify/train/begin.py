@@ -237,16 +237,14 @@ def tell(
     say: Say, start: Beginning, data: DataSet, how: Preprocessing, recipe: Recipe, output: Path, world: int
 ) -> None:
     channels, height, width = how.input_size
+    batch = f"{world} x {recipe.images_a_step}" if world > 1 else f"{recipe.images_a_step}"
     length = f"{recipe.steps} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
     say(f"{start.label}: {sum(value.numel() for value in start.model.parameters()) / 1e6:.2f} M parameters")
     say(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {data.num_classes} classes, "
         f"shown as {height}x{width} pixels in {'colour' if channels == 3 else 'grey'}"
     )
-    say(
-        f"{recipe.opt}, lr {recipe.lr:g}, {recipe.sched}, {length}, batch {f'{world} x ' if world > 1 else ''}{recipe.images_a_step}"
-        f", {where_it_runs()}; folder {output}"
-    )
+    say(f"{recipe.opt}, lr {recipe.lr:g}, {recipe.sched}, {length}, batch {batch}, {where_it_runs()}; folder {output}")
     if (recipe.orthogonality or recipe.energy) and not has_angles(start.model):
         say("note: the model is plain, so the recipe's penalties on angular filters are left out")
     for note in data.notes:
