@@ -135,7 +135,8 @@ class Loop:
         if self.folder is not None and has_checkpoint(self.folder):
             kept = f"the last good checkpoint in {self.folder} is kept"
         raise NotFiniteError(
-            f"the loss is {float(loss.detach())} at step {self.run.step}: {where}; {kept}. Try a lower --lr, or --clip-grad 1."
+            f"the loss is {float(loss.detach())} at step {self.run.step}: {where}; {kept}. "
+            "Try a lower --lr, or --clip-grad 1."
         )
 
     def after_step(self) -> bool:
