@@ -14,6 +14,7 @@ from torch import nn
 from spherify.errors import ModelError, OptionError
 from spherify.functional.cosine import DEFAULT_EPS
 from spherify.graph.adapters import with_adapters
+from spherify.graph.after_heads import changes_after
 from spherify.graph.loose import loose_parameters
 from spherify.graph.record import Inputs, Recording, one_line, record_both
 from spherify.graph.site import Site
@@ -22,10 +23,12 @@ from spherify.graph.uses import runs_after
 from spherify.models.checkpoint import load_checkpoint_
 from spherify.models.inputs import candidate_inputs
 from spherify.models.resolve import SOURCE, Source, build, resolve
+from spherify.plan.heads import plan_heads
 from spherify.plan.notes import in_words
 from spherify.plan.options import Options
 from spherify.plan.plan import Plan, draft
 from spherify.rewrite.apply import apply_, undo_
+from spherify.rewrite.classifiers import becomes_head
 from spherify.rewrite.refusals import check_model
 from spherify.rewrite.swaps import SWAPS
 from spherify.rewrite.verify import check_that_something_is_converted, verify
@@ -43,6 +46,10 @@ def spherify(
     exclude: str | Sequence[str] = (),
     linear: bool = True,
     head: str = "keep",
+    head_operator: str | None = None,
+    head_k: float | None = None,
+    margin: float | None = None,
+    scale: float | None = None,
     norm: str = "keep",
     activation: str = "keep",
     gain: str = "auto",
@@ -62,9 +69,9 @@ def spherify(
 
     Args:
         model: a name (``resnet18``, ``timm:...``, ``torchvision:...``) or any ``nn.Module``.
-        operator, k, k_shared, eps, skip_shortcuts, include, exclude, linear, head, norm, activation, gain, bias:
-            see ``spherify.Options``.
-        num_classes: for a name, the size of the classifier.
+        operator, k, k_shared, eps, skip_shortcuts, include, exclude, linear, head, head_operator, head_k, margin,
+            scale, norm, activation, gain, bias: see ``spherify.Options``.
+        num_classes: the size of the classifier; a module that has another size gets new class weights.
         pretrained: for a name, with the library's weights.
         checkpoint: for a name, a file whose weights are loaded before the conversion.
         seed: for a name, of the initial weights.
@@ -93,6 +100,10 @@ def spherify(
         exclude=exclude,
         linear=linear,
         head=head,
+        head_operator=head_operator,
+        head_k=head_k,
+        margin=margin,
+        scale=scale,
         norm=norm,
         activation=activation,
         gain=gain,
@@ -133,15 +144,24 @@ def plan(
     if isinstance(model, str):
         source = resolve(model, {} if classes is None else {"num_classes": classes})
         model = build_plain(source, pretrained, checkpoint, seed)
-    elif classes is not None or pretrained or checkpoint is not None or seed is not None:
-        raise OptionError("num_classes, pretrained, checkpoint and seed go with a model's name, not with a module.")
+    elif pretrained or checkpoint is not None or seed is not None:
+        raise OptionError("pretrained, checkpoint and seed go with a model's name, not with a module.")
     check_model(model)
     inputs, recordings = first_run(model, example_input)
     sites = with_adapters(model, survey(model, recordings))
     label = type(model).__name__ if source is None else source.label
-    removes = "remove" in (chosen.norm, chosen.activation)
+    removes = "remove" in (chosen.norm, chosen.activation) or chosen.has_angular_head
     others = runs_after(model, recordings, sites) if removes else {}
-    report = draft(sites, chosen, model=label, converts=SWAPS.converts, runs_after=others)
+    heads = plan_heads(
+        sites,
+        chosen,
+        model=label,
+        becomes_head=becomes_head,
+        changes=changes_after(model, recordings, sites) if chosen.has_angular_head else {},
+        runs_after=others,
+        resizes=source is None,
+    )
+    report = draft(sites, chosen, model=label, converts=SWAPS.converts, runs_after=others, heads=heads)
     report = replace(report, notes=(*report.notes, *notes_on_run(model, recordings, sites)))
     return bound(report, model, source, recordings, inputs)
 

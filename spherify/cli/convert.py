@@ -27,7 +27,16 @@ def convert(
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Keep these; selectors as for --include.")] = None,
     linear: Annotated[bool, typer.Option(help="Convert linear layers too.")] = True,
-    head: Annotated[str, typer.Option(help="The classifier: keep, or convert like any layer.")] = "keep",
+    head: Annotated[
+        str,
+        typer.Option(help="The classifier: keep, convert, w-softmax, a-softmax, ... (see `spherify list heads`)."),
+    ] = "keep",
+    head_operator: Annotated[
+        str | None, typer.Option(help="Response of an angular head: cosine, linear, sigmoid [default: the head's].")
+    ] = None,
+    head_k: Annotated[float | None, typer.Option(help="Softness of its sigmoid (0.3).")] = None,
+    margin: Annotated[float | None, typer.Option(help="m of its margin (4 for a-softmax and ga-softmax).")] = None,
+    scale: Annotated[float | None, typer.Option(help="Of its logits, where it normalises the feature.")] = None,
     norm: Annotated[str, typer.Option(help="BatchNorms behind converted layers: keep, remove.")] = "keep",
     activation: Annotated[str, typer.Option(help="Activations behind converted layers: keep, remove.")] = "keep",
     gain: Annotated[
@@ -68,6 +77,10 @@ def convert(
         exclude=exclude or (),
         linear=linear,
         head=head,
+        head_operator=head_operator,
+        head_k=head_k,
+        margin=margin,
+        scale=scale,
         norm=norm,
         activation=activation,
         gain=gain,

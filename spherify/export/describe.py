@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from spherify.errors import OptionError
+from spherify.heads.angular import AngularHead
 from spherify.layers.angular import AngularLayer
 from spherify.layers.removed import Removed
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, source_of
 from spherify.plan.plan import Decision, Plan
+from spherify.rewrite.apply import REPLACED
 from spherify.rewrite.swaps import ORIGIN
 
 
@@ -35,7 +37,7 @@ def plan_as_it_stands(model: nn.Module, plan: Plan) -> Plan:
 def decision_as_it_stands(decision: Decision, modules: dict[str, nn.Module]) -> Decision | None:
     """The decision on the layer that stands there now; None where there is another kind of module or none."""
     module = modules.get(decision.site.name)
-    is_converted = isinstance(module, AngularLayer)
+    is_converted = isinstance(module, (AngularLayer, AngularHead))
     if not is_converted and type(module) is not decision.site.source_type:
         return None
     assert module is not None
@@ -46,7 +48,7 @@ def decision_as_it_stands(decision: Decision, modules: dict[str, nn.Module]) -> 
         site = replace(site, shape=tuple(weight.shape), fan_in=math.prod(weight.shape[1:]))
     if is_converted or decision.action != "convert":
         return replace(decision, site=site)
-    return Decision(site=site, action="keep", rule="replaced", reason="a new plain layer since the conversion")
+    return Decision(site=site, action="keep", rule=REPLACED, reason="a new plain layer since the conversion")
 
 
 def source_for(model: nn.Module, arguments: dict[str, Any] | None) -> Source:
@@ -98,7 +100,7 @@ def structure_of(model: nn.Module) -> Iterator[tuple[str, str]]:
         if isinstance(module, Removed):
             kind, words = module.source_type, module.source_words
         else:
-            if isinstance(module, AngularLayer) and hasattr(module, ORIGIN):
+            if isinstance(module, (AngularLayer, AngularHead)) and hasattr(module, ORIGIN):
                 kind = getattr(module, ORIGIN).source_type
             words = kind.extra_repr(module)
         yield path, f"{kind.__name__}({re.sub(r',? ?bias=(True|False)', '', words)})"

@@ -60,6 +60,7 @@ HEAD_KINDS: dict[str, HeadKind] = {
             name="ga-softmax",
             summary="|x| g(theta), trained with the margin g(m theta) (m = 4)",
             margin="multiplied",
+            operators=("linear", "cosine", "sigmoid"),  # linear first: the paper's GA-Softmax; cosine is A-Softmax
             default_margin=4.0,
             source=f"{DEEP_HYPERSPHERICAL}, eq. 11",
         ),

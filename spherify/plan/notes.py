@@ -16,7 +16,7 @@ MOST_NAMED = 3  # of many, in one line
 def notes_on(decisions: Sequence[Decision], options: Options) -> tuple[str, ...]:
     """Options that had nothing to act on, and a model without a classifier: said, not passed over."""
     sites = [decision.site for decision in decisions]
-    converted = [decision.site for decision in decisions if decision.action == "convert"]
+    converted = [decision.site for decision in decisions if decision.action == "convert" and decision.head is None]
     notes = []
     if options.skip_shortcuts and not any("@shortcut" in site.roles for site in sites):
         notes.append("skip_shortcuts: this model has no 1x1 shortcut.")

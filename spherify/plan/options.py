@@ -10,11 +10,16 @@ from typing import Any
 from spherify.errors import OptionError
 from spherify.functional.cosine import DEFAULT_EPS
 from spherify.functional.responses import K_SHARED, checked_k
+from spherify.heads.kinds import HEAD_KINDS, HeadSettings, settings_for
 
 HEADS = {
     "keep": "the classifier stays as it is",
     "convert": "the classifier is converted like any other layer",
+    "softmax": "the plain linear classifier, as it is (the same as keep)",
+    **{name: kind.summary for name, kind in HEAD_KINDS.items()},
 }
+PLAIN_HEADS = ("keep", "softmax")
+HEAD_OPTIONS = ("head_operator", "head_k", "margin", "scale")
 CHOICES: dict[str, tuple[str, ...]] = {
     "k_shared": K_SHARED,
     "head": tuple(HEADS),
@@ -38,8 +43,14 @@ class Options:
         include: selectors; given, nothing else is converted.
         exclude: selectors of layers to keep.
         linear: convert linear layers too.
-        head: what becomes of the classifier: keep, or convert like any other layer.
-        num_classes: size of the classifier of a model built by name; None is the library's own.
+        head: what becomes of the classifier: keep, convert like any other layer, softmax (keep), or an angular head:
+            w-softmax, a-softmax, ga-softmax, s-softmax, cosface, arcface, sphereface-r-v1, sphereface-r-v2.
+        head_operator: response of an angular head: cosine, linear, sigmoid; None is the head's default (linear for
+            ga-softmax, else cosine).
+        head_k: softness of its sigmoid in [1e-3, 1e3], with a margin from 0.1; None is 0.3.
+        margin: m of its margin; None is the head's default (4 for a-softmax and ga-softmax).
+        scale: of the logits of a head that normalises the feature; None is the head's default.
+        num_classes: size of the classifier; a model that has another size gets a new one. None leaves it.
         norm: keep, or remove the BatchNorm behind each converted layer (SphereNorm in its place).
         activation: keep, or remove the activation behind each converted layer.
         gain: auto adds a learned gain and bias where no BatchNorm follows; none; learned adds them everywhere.
@@ -58,6 +69,10 @@ class Options:
     exclude: tuple[str, ...] = ()
     linear: bool = True
     head: str = "keep"
+    head_operator: str | None = None
+    head_k: float | None = None
+    margin: float | None = None
+    scale: float | None = None
     num_classes: int | None = None
     norm: str = "keep"
     activation: str = "keep"
@@ -75,6 +90,34 @@ class Options:
             raise OptionError(f"num_classes={self.num_classes!r} is no number of classes; give 1 or more.")
         if not (isinstance(self.eps, (int, float)) and 0 < self.eps < math.inf):
             raise OptionError(f"eps={self.eps!r} is no positive number; without it a patch of zeros has no cosine.")
+        self.check_head()
+
+    def check_head(self) -> None:
+        if self.has_angular_head:
+            self.head_settings(self.num_classes or 2)
+            return
+        for name in HEAD_OPTIONS:
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} goes with an angular head, and head={self.head!r}; "
+                    f"choose head from: {', '.join(HEAD_KINDS)}."
+                )
+
+    @property
+    def has_angular_head(self) -> bool:
+        return self.head in HEAD_KINDS
+
+    def head_settings(self, num_classes: int) -> HeadSettings:
+        """The angular head asked for, on so many classes. Raises OptionError for values that do not go together."""
+        return settings_for(
+            self.head,
+            num_classes,
+            operator=self.head_operator,
+            k=self.head_k,
+            margin=self.margin,
+            scale=self.scale,
+            eps=self.eps,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -11,6 +11,8 @@ from torch import nn
 
 from spherify.errors import SpherifyError
 from spherify.graph.site import Site
+from spherify.heads.kinds import HeadSettings
+from spherify.plan.heads import HeadPlan
 from spherify.plan.notes import notes_on, notes_on_sharing
 from spherify.plan.options import Options
 from spherify.plan.removals import NOWHERE_ELSE, RunsAfter, activations_in_other_use, norms_in_other_use, removals
@@ -18,6 +20,7 @@ from spherify.plan.rules import RULES, Question, Rule, Verdict
 from spherify.plan.selectors import check_selectors
 from spherify.plan.table import as_text
 
+NO_HEADS = HeadPlan()
 SUMMARY_KEYS = {"convert": "converted", "keep": "kept", "unsupported": "unsupported"}
 
 
@@ -29,6 +32,8 @@ class Decision:
         has_gain: the converted layer learns a gain.
         adds_bias: it is given a bias that it did not have.
         drops_bias: its bias is taken away.
+        head: what it computes where it becomes an angular head; None for every other layer.
+        new_classes: the size it gets where it is a classifier of another one.
     """
 
     site: Site
@@ -38,6 +43,8 @@ class Decision:
     has_gain: bool = False
     adds_bias: bool = False
     drops_bias: bool = False
+    head: HeadSettings | None = None
+    new_classes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``layers`` in the JSON object."""
@@ -70,6 +77,8 @@ class Decision:
             "has_gain": self.has_gain,
             "adds_bias": self.adds_bias,
             "drops_bias": self.drops_bias,
+            "head": None if self.head is None else self.head.to_dict(),
+            "new_classes": self.new_classes,
         }
 
     @classmethod
@@ -92,8 +101,11 @@ class Decision:
             roles=frozenset(record["roles"]),
             obstacle=record["obstacle"],
         )
+        head = record.get("head")
         return cls(
             site=site,
+            head=None if head is None else HeadSettings.from_dict(head),
+            new_classes=record.get("new_classes"),
             **{key: record[key] for key in ("action", "rule", "reason", "has_gain", "adds_bias", "drops_bias")},
         )
 
@@ -129,7 +141,13 @@ class Plan:
 
     @property
     def converted(self) -> tuple[Decision, ...]:
-        return tuple(decision for decision in self.decisions if decision.action == "convert")
+        """The layers of the body that become angular layers; a head of its own kind is among ``heads``."""
+        return tuple(d for d in self.decisions if d.action == "convert" and d.head is None)
+
+    @property
+    def heads(self) -> tuple[Decision, ...]:
+        """The classifiers that become angular heads."""
+        return tuple(decision for decision in self.decisions if decision.head is not None)
 
     def summary(self) -> dict[str, int]:
         """How many sites are converted, kept, unsupported."""
@@ -200,6 +218,7 @@ def draft(
     converts: Callable[[type[nn.Module]], bool],
     rules: Sequence[Rule] = RULES,
     runs_after: RunsAfter = NOWHERE_ELSE,
+    heads: HeadPlan = NO_HEADS,
 ) -> Plan:
     """Ask the rules about every site.
 
@@ -207,6 +226,7 @@ def draft(
         converts: whether there is an angular twin for a class of layers.
         rules: asked in order; the first verdict stands.
         runs_after: for each norm and activation, all that it runs after (graph/uses.py).
+        heads: what becomes of the classifiers (plan/heads.py).
 
     Raises:
         OptionError: a selector matches no site.
@@ -216,8 +236,12 @@ def draft(
     def decided(kept_norms: Container[str | None]) -> tuple[Decision, ...]:
         norm_kept = replace(options, norm="keep")
         chosen = [norm_kept if site.norm in kept_norms else options for site in sites]
-        questions = [Question(site, choice, converts) for site, choice in zip(sites, chosen, strict=True)]
-        return with_their_owners([decide(question, rules) for question in questions])
+        questions = [
+            Question(site, choice, converts, heads.settings if site.name in heads.names else None)
+            for site, choice in zip(sites, chosen, strict=True)
+        ]
+        decisions = with_their_owners([decide(question, rules) for question in questions])
+        return tuple(resized(d, heads.new_classes) if d.site.name in heads.names else d for d in decisions)
 
     shared_norms = norms_in_other_use(decided(()), options, runs_after)
     decisions = decided(shared_norms)
@@ -228,8 +252,8 @@ def draft(
         options=options,
         decisions=decisions,
         removed_norms=norms,
-        removed_activations=activations,
-        notes=(*notes_on(decisions, options), *on_sharing),
+        removed_activations=tuple(dict.fromkeys((*activations, *heads.removed_activations))),
+        notes=(*notes_on(decisions, options), *on_sharing, *heads.notes),
     )
 
 
@@ -237,7 +261,27 @@ def decide(question: Question, rules: Sequence[Rule]) -> Decision:
     verdict = next(verdict for rule in rules if (verdict := rule(question)) is not None)
     if verdict.action != "convert":
         return Decision(site=question.site, action=verdict.action, rule=verdict.rule, reason=verdict.reason)
+    if question.head is not None:
+        return angular_head(question.site, question.head, verdict)
     return conversion(question.site, question.options, verdict)
+
+
+def angular_head(site: Site, head: HeadSettings, verdict: Verdict) -> Decision:
+    return Decision(
+        site=site,
+        action=verdict.action,
+        rule=verdict.rule,
+        reason=verdict.reason,
+        drops_bias=site.has_bias,
+        head=head,
+    )
+
+
+def resized(decision: Decision, classes: int | None) -> Decision:
+    if classes is None:
+        return decision
+    words = [*([decision.reason] if decision.reason else []), f"new, {classes} classes"]
+    return replace(decision, new_classes=classes, reason="; ".join(words))
 
 
 def with_their_owners(decisions: Sequence[Decision]) -> tuple[Decision, ...]:

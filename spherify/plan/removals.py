@@ -18,7 +18,7 @@ def removals(
     decisions: Sequence[Decision], options: Options, shared_norms: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the BatchNorms and of the activations that the options take away, each once."""
-    sites = [decision.site for decision in decisions if decision.action == "convert"]
+    sites = [decision.site for decision in decisions if decision.action == "convert" and decision.head is None]
     norms = [site.norm for site in sites if site.norm is not None and options.norm == "remove"]
     activations = [site.activation for site in sites if site.activation is not None and options.activation == "remove"]
     return tuple(path for path in dict.fromkeys(norms) if path not in shared_norms), tuple(dict.fromkeys(activations))

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import nn
 
 from spherify.graph.site import Site
-from spherify.plan.options import Options
+from spherify.heads.kinds import HeadSettings
+from spherify.plan.options import PLAIN_HEADS, Options
 from spherify.plan.selectors import matches
 
 Action = Literal["convert", "keep", "unsupported"]
@@ -26,14 +27,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Question:
-    """One site, the user's options, and whether a class of layers can be converted."""
+    """One site, the user's options, whether a class of layers can be converted, and the head it becomes."""
 
     site: Site
     options: Options
     converts: Callable[[type[nn.Module]], bool]
+    head: HeadSettings | None = None
 
 
 Rule = Callable[[Question], Verdict | None]  # None: no opinion
+
+
+def make_it_an_angular_head(question: Question) -> Verdict | None:
+    # First, since include speaks of the body; that nothing stands in its way was seen before (plan/heads.py).
+    if question.head is None:
+        return None
+    bias = "; its bias is taken off" if question.site.has_bias else ""
+    return Verdict("convert", "head", f"the classifier: {question.head}{bias}")
 
 
 def keep_what_is_excluded(question: Question) -> Verdict | None:
@@ -51,8 +61,8 @@ def keep_what_is_not_included(question: Question) -> Verdict | None:
 
 
 def keep_the_head(question: Question) -> Verdict | None:
-    if "@head" in question.site.roles and question.options.head == "keep":
-        return Verdict("keep", "head", "the classifier; head=keep")
+    if "@head" in question.site.roles and question.options.head in PLAIN_HEADS:
+        return Verdict("keep", "head", f"the classifier; head={question.options.head}")
     return None
 
 
@@ -112,6 +122,7 @@ def convert_the_body(question: Question) -> Verdict:
 
 
 RULES: tuple[Rule, ...] = (  # the first verdict stands
+    make_it_an_angular_head,
     keep_what_is_excluded,
     keep_what_is_not_included,
     keep_the_head,

@@ -110,8 +110,9 @@ def summary_line(plan: Plan) -> str:
     counts = plan.summary()
     options = plan.options
     k = f", k={options.k:g}" if options.k is not None else ""
+    heads = f", {len(plan.heads)} to {options.head}" if plan.heads else ""
     return (
-        f"{plan.model}: {len(plan.decisions)} layers, {counts['converted']} converted to {options.operator}{k}, "
+        f"{plan.model}: {len(plan.decisions)} layers, {len(plan.converted)} converted to {options.operator}{k}{heads}, "
         f"{counts['kept']} kept, {counts['unsupported']} unsupported"
     )
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from spherify.errors import RewriteError
+from spherify.heads.angular import AngularHead
+from spherify.heads.loss import HEADS_OF_MODEL
 from spherify.layers.angular import AngularLayer
 from spherify.layers.redirected import Redirected, redirected_class
 from spherify.layers.removed import Removed
-from spherify.plan.plan import Plan
+from spherify.plan.plan import Decision, Plan
+from spherify.rewrite.classifiers import RESIZED, resize_, resize_back_, swap_head_, swap_head_back_
 from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
 
 MOST_NAMED = 3  # problems spelt out in one line
+REPLACED = "replaced"  # the rule of a layer that is another one than the plan's since the conversion
 CONVERSION = "spherify_conversion"  # attribute of a converted model: the plan that was carried out on it
 
 
@@ -21,7 +26,8 @@ def misfits(model: nn.Module, plan: Plan) -> list[str]:
     """In words, the layers of a plan that do not stand in a plain model as the plan has them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
-    for site in (decision.site for decision in plan.decisions):
+    for decision in plan.decisions:
+        site = decision.site
         module = modules.get(site.name)
         weight = getattr(module, "weight", None)
         name = site.name or "the model"
@@ -29,7 +35,7 @@ def misfits(model: nn.Module, plan: Plan) -> list[str]:
             found.append(f"{name} is missing")
         elif type(module) is not site.source_type:
             found.append(f"{name} is a {type(module).__name__}, not a {site.type}")
-        elif isinstance(weight, Tensor) and tuple(weight.shape) != site.shape:
+        elif isinstance(weight, Tensor) and not fits(tuple(weight.shape), decision):
             found.append(f"{name} has shape {tuple(weight.shape)}, not {site.shape}")
     found += [
         f"{name} is missing"
@@ -37,6 +43,12 @@ def misfits(model: nn.Module, plan: Plan) -> list[str]:
         if name not in modules
     ]
     return found
+
+
+def fits(shape: tuple[int, ...], decision: Decision) -> bool:
+    """Whether a weight has the shape of the plan; a classifier that gets a new size may have any."""
+    start = 0 if decision.new_classes is None else 1
+    return len(shape) == len(decision.site.shape) and shape[start:] == decision.site.shape[start:]
 
 
 def in_short(problems: list[str]) -> str:
@@ -53,6 +65,11 @@ def apply_(model: nn.Module, plan: Plan) -> None:
     """
     if problems := misfits(model, plan):
         raise RewriteError(f"the plan for {plan.model} does not fit this {type(model).__name__}: {in_short(problems)}.")
+    for decision in plan.decisions:
+        if decision.new_classes is not None:
+            resize_(model, decision.site.name, decision.new_classes)
+    for decision in plan.heads:
+        swap_head_(model.get_submodule(decision.site.name), decision)
     shared: AngularLayer | None = None
     for decision in plan.converted:
         layer = swap_(model.get_submodule(decision.site.name), decision, plan.options)
@@ -65,6 +82,13 @@ def apply_(model: nn.Module, plan: Plan) -> None:
         owner = model.get_submodule(name)
         owner.__class__ = redirected_class(type(owner))
     setattr(model, CONVERSION, replace(plan, carry_out=None))
+    if plan.options.has_angular_head:
+        setattr(model, HEADS_OF_MODEL, tuple(decision.site.name for decision in plan.decisions if was_head(decision)))
+
+
+def was_head(decision: Decision) -> bool:
+    """Whether a classifier is an angular head, or was one before it was replaced (``reset_classifier``)."""
+    return decision.head is not None or (decision.rule == REPLACED and "@head" in decision.site.roles)
 
 
 def undo_(model: nn.Module) -> int:
@@ -80,8 +104,12 @@ def undo_(model: nn.Module) -> int:
     converted = [
         (name, part) for name, part in model.named_modules() if isinstance(part, AngularLayer) and hasattr(part, ORIGIN)
     ]
+    heads = [
+        (name, part) for name, part in model.named_modules() if isinstance(part, AngularHead) and hasattr(part, ORIGIN)
+    ]
+    resized = [part for part in model.modules() if hasattr(part, RESIZED)]
     removed = [(name, part) for name, part in model.named_modules() if isinstance(part, Removed)]
-    check_that_all_was_saved(model, converted, removed)
+    check_that_all_was_saved(model, [*converted, *heads], removed)
     for part in model.modules():
         if isinstance(part, Redirected):
             part.__class__ = part.redirected_from  # type: ignore[assignment]
@@ -89,12 +117,17 @@ def undo_(model: nn.Module) -> int:
         put_back_(norm, model)
     for _, layer in converted:
         swap_back_(layer)
-    model.__dict__.pop(CONVERSION, None)
-    return len(converted) + len(removed)
+    for _, head in heads:
+        swap_head_back_(head)
+    for classifier in resized:
+        resize_back_(model, classifier)
+    for mark in (CONVERSION, HEADS_OF_MODEL):
+        model.__dict__.pop(mark, None)
+    return len(converted) + len(heads) + len(resized) + len(removed)
 
 
 def check_that_all_was_saved(
-    model: nn.Module, converted: list[tuple[str, AngularLayer]], removed: list[tuple[str, Removed]]
+    model: nn.Module, converted: Sequence[tuple[str, nn.Module]], removed: list[tuple[str, Removed]]
 ) -> None:
     """Raises RewriteError where a dropped bias or a removed norm stayed behind on meta when a folder was loaded."""
     if any(parameter.is_meta for parameter in model.parameters()):

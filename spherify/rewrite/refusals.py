@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from spherify.errors import ModelError
+from spherify.heads.angular import AngularHead
 from spherify.layers.angular import AngularLayer
+from spherify.rewrite.swaps import ORIGIN
 
 WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 QUANTISED_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat", "torch.nn.quantized")
@@ -41,7 +43,7 @@ def check_model(model: object) -> nn.Module:
             )
         if type(module).__name__ in WRAPPERS:
             raise ModelError(f"{name} is a {type(module).__name__}; convert the model before it is wrapped.")
-        if isinstance(module, AngularLayer):
+        if isinstance(module, AngularLayer) or (isinstance(module, AngularHead) and hasattr(module, ORIGIN)):
             raise ModelError(
                 f"{kind} is already converted: {name or 'it'} is a {type(module).__name__}; "
                 "call unspherify(model) first."
