@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from spherify.train.conduct import Conduct, Fitted
 from spherify.train.fit import fit
 from spherify.train.history import LOG
 from spherify.train.loaders import loaders_for
+from spherify.train.objective import has_angles
 from spherify.train.pictures import draw_all
 from spherify.train.plain import PLAIN, load_trained, save_plain
 from spherify.train.recipe import Recipe
@@ -98,7 +98,7 @@ def train(
     )
     how = replace(how, classes=images.classes)
     recipe = replace(recipe, img_size=how.input_size[1])
-    tell(say, start, images, how, recipe, output)
+    tell(say, start, images, how, recipe, output, accelerator.num_processes)
     loaders = loaders_for(
         how,
         images,
@@ -233,20 +233,29 @@ def write_model(model: nn.Module, source: Source | None, how: Preprocessing, out
         raise FileError(f"{output} could not be written ({error.strerror or error}); the run is unchanged.") from error
 
 
-def tell(say: Say, start: Beginning, data: DataSet, how: Preprocessing, recipe: Recipe, output: Path) -> None:
+def tell(
+    say: Say, start: Beginning, data: DataSet, how: Preprocessing, recipe: Recipe, output: Path, world: int
+) -> None:
     channels, height, width = how.input_size
+    batch = f"{world} x {recipe.images_a_step}" if world > 1 else f"{recipe.images_a_step}"
     length = f"{recipe.steps} steps" if recipe.steps is not None else f"{recipe.epochs:g} epochs"
     say(f"{start.label}: {sum(value.numel() for value in start.model.parameters()) / 1e6:.2f} M parameters")
     say(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of {data.num_classes} classes, "
         f"shown as {height}x{width} pixels in {'colour' if channels == 3 else 'grey'}"
     )
-    say(
-        f"{recipe.opt}, lr {recipe.lr:g}, {recipe.sched}, {length}, batch {recipe.images_a_step}"
-        f"{f', {torch.get_num_threads()} threads' if not torch.cuda.is_available() else ''}; folder {output}"
-    )
+    say(f"{recipe.opt}, lr {recipe.lr:g}, {recipe.sched}, {length}, batch {batch}, {where_it_runs()}; folder {output}")
+    if (recipe.orthogonality or recipe.energy) and not has_angles(start.model):
+        say("note: the model is plain, so the recipe's penalties on angular filters are left out")
     for note in data.notes:
         say(f"note: {note}")
+
+
+def where_it_runs() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    count = torch.get_num_threads()
+    return f"CPU with {count} thread{'s' if count > 1 else ''}"
 
 
 def summary_of(fitted: Fitted) -> str:
@@ -260,7 +269,3 @@ def default_output(model: str, operator: str, data: str) -> Path:
     """``runs/MODEL-OPERATOR-DATA``."""
     name = "-".join(Path(part.rstrip(os.sep)).name.replace(":", "-") for part in (model, operator, data) if part)
     return Path("runs", name.removesuffix(".npz"))
-
-
-def record_of(recipe: Recipe) -> str:
-    return json.dumps(asdict(recipe))

@@ -40,6 +40,7 @@ class History:
         self.path = None if folder is None else folder / LOG
         self.board = event_writer(folder, self.rows) if tensorboard and folder is not None else None
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.write("w", [dict(zip(COLUMNS, COLUMNS, strict=True)), *self.rows])
 
     def add(self, row: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -125,18 +126,18 @@ class Checked:
             except StopIteration:
                 return
             except SpherifyError as error:
-                raise FileError(
-                    str(error).strip().splitlines()[-1].removeprefix("spherify.errors.FileError: ")
-                ) from error
+                raise FileError(last_line(error)) from error
             except OSError as error:
-                raise FileError(f"the training data cannot be read ({one_line(error)}); restore them.") from error
+                raise FileError(f"the images cannot be read ({last_line(error)}); restore them.") from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise SpherifyError(
-                    f"a process that reads images ended ({one_line(error)}); try again with fewer --workers."
+                    f"a process that reads images ended ({last_line(error)}); try again with fewer --workers."
                 ) from error
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+def last_line(error: Exception) -> str:
+    """The message itself: before it a worker writes its traceback, and the class of the error."""
+    line = str(error).strip().splitlines()[-1]
+    return re.sub(r"^[\w.]*Error: ", "", line)

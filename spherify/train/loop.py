@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Loop:
 
     def to_the_end(self) -> Fitted:
         run = self.run
-        with noting_signals() as self.wish, self.display:
+        with noting_signals() as self.wish, self.display, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP, of depthwise weights; harmless
             for note in self.notes:
                 self.display.say(note)
             if run.step and run.step % run.updates == 0 and run.tested != run.step:
@@ -95,9 +97,10 @@ class Loop:
         run, recipe = self.run, self.recipe
         for callback in self.on_step:
             callback(run.step, run.total)
-        is_mixing = run.mixup is not None and not 0 < recipe.mixup_off_epoch <= run.epoch
+        if run.mixup is not None:
+            run.mixup.mixup_enabled = not 0 < recipe.mixup_off_epoch <= run.epoch
         for images, labels in batches:
-            inputs, targets = run.mixup(images, labels) if is_mixing and run.mixup is not None else (images, labels)
+            inputs, targets = (images, labels) if run.mixup is None else run.mixup(images, labels)
             with self.accelerator.accumulate(run.wrapped):
                 if run.sees is not None:
                     run.sees(inputs)
@@ -109,7 +112,8 @@ class Loop:
                     self.accelerator.clip_grad_norm_(run.wrapped.parameters(), recipe.clip_grad)
                 run.optimizer.step()
                 run.optimizer.zero_grad()
-            self.meter.add(loss, outputs, None if is_mixing else labels, len(labels))
+            classes = getattr(run.objective, "num_classes", None)
+            self.meter.add(loss, outputs, labels if targets is labels else None, len(labels), classes)
         run.step += 1
         if run.scheduler is not None:
             run.scheduler.step_update(run.step)
@@ -131,7 +135,8 @@ class Loop:
         if self.folder is not None and has_checkpoint(self.folder):
             kept = f"the last good checkpoint in {self.folder} is kept"
         raise NotFiniteError(
-            f"the loss is {float(loss)} at step {self.run.step}: {where}; {kept}. Try a lower --lr, or --clip-grad 1."
+            f"the loss is {float(loss.detach())} at step {self.run.step}: {where}; {kept}. "
+            "Try a lower --lr, or --clip-grad 1."
         )
 
     def after_step(self) -> bool:

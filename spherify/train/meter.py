@@ -23,14 +23,14 @@ class Meter:
         self.shown_at = 0.0
         self.newest: Tensor | None = None
 
-    def add(self, loss: Tensor, outputs: Any, labels: Tensor | None, count: int) -> None:
-        """``labels``: None behind mixup, where an image has no one class."""
+    def add(self, loss: Tensor, outputs: Any, labels: Tensor | None, count: int, classes: int | None) -> None:
+        """One batch. ``labels`` is None behind mixup, where an image has no one class."""
         self.newest = loss.detach()
         total = self.newest.double() if loss.device.type != "mps" else self.newest
         self.loss = total if self.loss is None else self.loss + total
         self.images, self.batches = self.images + count, self.batches + 1
         if labels is not None:
-            hits = (logits_of(outputs).detach().argmax(1) == labels).sum()
+            hits = (logits_of(outputs, classes).detach().argmax(1) == labels).sum()
             self.hits = hits if self.hits is None else self.hits + hits
             self.labelled += count
 

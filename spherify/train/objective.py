@@ -1,58 +1,57 @@
-"""What is minimised and by which parameters: the one place where training meets heads and regularisers."""
+"""What is minimised, and by which parameters: where training meets heads and regularisers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from spherify.heads.loss import criterion, outputs_in
 from spherify.layers.angular import AngularLayer
+from spherify.parameter_groups import parameter_groups
+from spherify.regularizers import hyperspherical_energy, orthogonality
 from spherify.train.recipe import Recipe
 
-
-class CrossEntropy(nn.Module):
-    """Cross-entropy against labels or, behind mixup, shares of classes."""
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, outputs: Any, targets: Tensor) -> Tensor:
-        smoothing = 0.0 if targets.is_floating_point() else self.label_smoothing  # mixup has smoothed already
-        return F.cross_entropy(logits_of(outputs), targets, label_smoothing=smoothing)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """(N, classes), out of what a model returns: a tensor, or a tuple that begins with it."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+Penalty = Callable[[], Tensor]
 
 
 def objective_for(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The loss that belongs to the model's head."""
-    return CrossEntropy(recipe.smoothing)
+    """The loss that belongs to the model's head. Behind mixup the labels are smooth already."""
+    smoothing = 0.0 if recipe.mixes else recipe.smoothing
+    return criterion(model, label_smoothing=smoothing, schedule=recipe.margin_schedule)
 
 
-def penalty_for(model: nn.Module, recipe: Recipe) -> Callable[[], Tensor] | None:
-    """What is added to the loss for the filters' sake; None where the recipe asks for nothing."""
-    return None
+def penalty_for(model: nn.Module, recipe: Recipe) -> Penalty | None:
+    """What is added to the loss for the filters' sake; None where nothing is asked for, or no layer is angular."""
+    if not has_angles(model) or not (recipe.orthogonality or recipe.energy):
+        return None
+
+    def penalty() -> Tensor:
+        parts = []
+        if recipe.orthogonality:
+            parts.append(recipe.orthogonality * orthogonality(model))
+        if recipe.energy:
+            parts.append(recipe.energy * hyperspherical_energy(model))
+        return torch.stack(parts).sum()
+
+    return penalty
+
+
+def has_angles(model: nn.Module) -> bool:
+    return any(isinstance(module, AngularLayer) for module in model.modules())
 
 
 def groups_for(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups: no decay on vectors, nor on filters of which only the direction counts."""
-    free = {id(own) for layer in model.modules() if isinstance(layer, AngularLayer) for own in layer.parameters(False)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (kept if parameter.ndim <= 1 or id(parameter) in free else decayed).append(parameter)
-    return [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, recipe.weight_decay), (kept, 0.0))
-        if group
-    ]
+    return parameter_groups(model, weight_decay=recipe.weight_decay)
 
 
-def total_loss(loss: Tensor, penalty: Callable[[], Tensor] | None) -> Tensor:
+def total_loss(loss: Tensor, penalty: Penalty | None) -> Tensor:
     return loss if penalty is None else loss + penalty().to(loss.dtype)
+
+
+def logits_of(outputs: Any, classes: int | None = None) -> Tensor:
+    """(N, classes), out of what a model returns: the first of several, without what a head in train mode adds."""
+    logits = next(outputs_in(outputs))
+    return logits if classes is None else logits[:, :classes]

@@ -10,6 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from spherify.errors import OptionError
+from spherify.models.resolve import only_errors_of
 from spherify.train.objective import groups_for
 from spherify.train.recipe import Recipe
 
@@ -27,12 +28,12 @@ def optimizer_for(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def with_layer_decay(model: nn.Module, recipe: Recipe, share: float) -> list[dict[str, Any]]:
-    try:
-        return param_groups_layer_decay(model, recipe.weight_decay, layer_decay=share)
-    except AttributeError as error:
-        raise OptionError(
-            f"layer_decay needs a model of timm that knows its stages; {type(model).__name__} does not."
-        ) from error
+    """timm's groups; Raises OptionError where timm would put all layers into one without effect."""
+    with only_errors_of("timm.optim._param_groups"):
+        groups = param_groups_layer_decay(model, recipe.weight_decay, layer_decay=share)
+    if len({group["lr_scale"] for group in groups}) < 2:
+        raise OptionError(f"layer_decay needs a model of timm that knows its stages; {type(model).__name__} does not.")
+    return groups
 
 
 def scheduler_for(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int, total: int) -> Any:
@@ -43,7 +44,8 @@ def scheduler_for(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int
     """
     if recipe.sched == "plateau":
         raise OptionError("sched 'plateau' waits for test results, and schedules here move with every step.")
-    places = [round(place * (total if place < 1 else updates)) for place in recipe.decay_milestones]
+    # timm counts a milestone as reached one step before it
+    places = [round(place * (total if place < 1 else updates)) + 1 for place in recipe.decay_milestones]
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Run:
         model: the network itself; ``wrapped`` is what is called, with DDP and compilation around it.
         updates: optimiser steps an epoch.
         total: optimiser steps of the whole run.
+        own_forward: the model's own attributes of that name, before accelerate wraps its forward.
         step: steps done.
         tested: the step after which the model was tested last.
     """
@@ -45,6 +46,7 @@ class Run:
     recipe: Recipe
     updates: int
     total: int
+    own_forward: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     tested: int = 0
 
@@ -150,6 +152,7 @@ def start_run(
     objective = (objective_for(model, recipe) if objective is None else objective).to(accelerator.device)
     optimizer = optimizer_for(model, recipe)
     scheduler = scheduler_for(optimizer, recipe, updates, total)
+    own_forward = {name: value for name, value in vars(model).items() if "forward" in name}
     wrapped = accelerator.prepare_model(model)
     return Run(
         model=model,
@@ -164,6 +167,7 @@ def start_run(
         recipe=recipe,
         updates=updates,
         total=total,
+        own_forward=own_forward,
     )
 
 
@@ -207,6 +211,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     if precision == "fp16" and not torch.cuda.is_available():
         raise OptionError("amp_dtype float16 needs a GPU; choose bfloat16.")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.grad_accum_steps, sync_with_dataloader=False
@@ -227,4 +232,8 @@ def make_accelerator(recipe: Recipe) -> Any:
 
 def released(run: Run) -> None:
     """Take off the model what accelerate put around its forward."""
-    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    for name in ("forward", "_original_forward"):
+        if name in run.own_forward:
+            run.model.__dict__[name] = run.own_forward[name]
+        else:
+            run.model.__dict__.pop(name, None)
