@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from spherify.cli.bench import bench
 from spherify.cli.convert import convert
+from spherify.cli.export import export
 from spherify.cli.list_names import list_names
 from spherify.errors import OptionError, SpherifyError
 from spherify.version import __version__
@@ -42,6 +44,8 @@ def group(
 
 app.command()(convert)
 app.command(name="list")(list_names)
+app.command()(export)
+app.command()(bench)
 
 
 def with_default_command(arguments: list[str]) -> list[str]:

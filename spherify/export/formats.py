@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import secrets
 import warnings
@@ -68,8 +69,7 @@ def export(
         SpherifyError: a package of the extra ``export`` is missing.
         FileError: the disk refused.
     """
-    if format not in WRITERS:
-        raise OptionError(f"format {format!r} is unknown; choose one of: {', '.join(WRITERS)}.")
+    checked_format(format)
     path = Path(path)
     model = fold(model, example_input=example_input) if folded else model
     data = WRITERS[format](model, example_input)
@@ -78,6 +78,12 @@ def export(
     except OSError as error:
         raise FileError(f"{path} could not be written ({error.strerror or error}).") from error
     return path
+
+
+def checked_format(format: str) -> None:
+    """Raises OptionError for a format that is not known."""
+    if format not in WRITERS:
+        raise OptionError(f"format {format!r} is unknown; choose one of: {', '.join(WRITERS)}.")
 
 
 def write_in_one_step(path: Path, data: bytes) -> None:
@@ -209,11 +215,11 @@ def with_fixed_dates(archive: bytes) -> bytes:
 
 
 def as_weights(model: nn.Module, example_input: Any) -> bytes:
-    """The bytes of a safetensors file: each tensor once, under its first name."""
+    """The bytes of a safetensors file: each tensor once; its metadata say which other names a tied one has."""
     tensors, ties = tensors_to_write(model)
-    return safetensors.torch.save(
-        tensors, metadata={"format": "pt", **{f"tied:{name}": to for name, to in ties.items()}}
-    )
+    # One key, since safetensors keeps no order of several.
+    metadata = {"ties": json.dumps(ties, sort_keys=True)} if ties else {"format": "pt"}
+    return safetensors.torch.save(tensors, metadata=metadata)
 
 
 @contextlib.contextmanager
