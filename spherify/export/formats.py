@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spherify.errors import FileError, ModelError, OptionError, SpherifyError
+from spherify.export.atomic import replace_file
 from spherify.export.fold import as_inputs, fold
 from spherify.export.folder import tensors_to_write
 from spherify.graph.record import Inputs, one_line, tensors_in
@@ -74,7 +72,7 @@ def export(
     model = fold(model, example_input=example_input) if folded else model
     data = WRITERS[format](model, example_input)
     try:
-        write_in_one_step(path, data)
+        replace_file(path, data)
     except OSError as error:
         raise FileError(f"{path} could not be written ({error.strerror or error}).") from error
     return path
@@ -84,20 +82,6 @@ def checked_format(format: str) -> None:
     """Raises OptionError for a format that is not known."""
     if format not in WRITERS:
         raise OptionError(f"format {format!r} is unknown; choose one of: {', '.join(WRITERS)}.")
-
-
-def write_in_one_step(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            with suppress(OSError):
-                os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
