@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,19 +27,35 @@ def peak_bytes(step: Step, *, device: str = "cpu") -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+    with without_native_messages(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         step()
     assert recording.profiler is not None
     assert recording.profiler.kineto_results is not None
     events = recording.profiler.kineto_results.events()
-    return highest_sum(
+    return highest_rise(
         event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()) if event.name() == "[memory]"
     )
 
 
-def highest_sum(changes: Iterable[int]) -> int:
-    held = highest = 0
+@contextlib.contextmanager
+def without_native_messages() -> Iterator[None]:
+    """The profiler's library writes to the error stream below Python, and knows no switch for all of it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - its descriptor is what is wanted
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def highest_rise(changes: Iterable[int]) -> int:
+    """Above the lowest point before: a step that begins by freeing what the one before it left starts from there."""
+    held = lowest = rise = 0
     for change in changes:
         held += change
-        highest = max(highest, held)
-    return highest
+        lowest = min(lowest, held)
+        rise = max(rise, held - lowest)
+    return rise

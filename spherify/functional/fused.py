@@ -63,6 +63,8 @@ def patch_inverse_norm(
     eps: float,
 ) -> Tensor:
     """1 / |patch|, (N, G, P, Q) in float32 or wider."""
+    if all(size == 1 for size in window) and not any(padding):
+        x, stride = x[(slice(None), slice(None), *[slice(None, None, step) for step in stride])], [1] * len(stride)
     energy = energy_of(x, groups)
     if any(padding):
         energy = F.pad(energy, [number for number in reversed(padding) for _ in range(2)])
