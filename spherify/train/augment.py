@@ -34,7 +34,7 @@ def training_transform(how: Preprocessing, recipe: Recipe, *, mirrors: bool) -> 
         input_size=how.input_size,
         is_training=True,
         train_crop_mode=recipe.train_crop_mode,
-        scale=recipe.scale,
+        scale=recipe.crop_scale,
         ratio=recipe.ratio,
         hflip=hflip,
         vflip=recipe.vflip,

@@ -90,7 +90,7 @@ class DeviceBatches:
             return images
         generator = torch.Generator(images.device).manual_seed(seed)
         if recipe.train_crop_mode == "rrc":
-            images = random_resized_crops(images, recipe.scale, recipe.ratio, generator)
+            images = random_resized_crops(images, recipe.crop_scale, recipe.ratio, generator)
         elif recipe.train_crop_mode == "pad":
             images = padded_crops(images, generator)
         images = flipped(images, self.hflip, 3, generator)

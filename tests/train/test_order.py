@@ -15,7 +15,7 @@ from spherify.train.loaders import loaders_for
 from spherify.train.order import Order
 
 HOW = Preprocessing(input_size=(1, 8, 8), mean=(0.2,), std=(0.2,))
-STRONG = dict(no_aug=False, train_crop_mode="rrc", scale=(0.3, 1.0), hflip=0.5, reprob=0.5, color_jitter=0.3)
+STRONG = dict(no_aug=False, train_crop_mode="rrc", crop_scale=(0.3, 1.0), hflip=0.5, reprob=0.5, color_jitter=0.3)
 
 
 def indices(order: Order, epoch: int = 0, first: int = 0) -> list[list[int]]:

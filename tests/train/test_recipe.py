@@ -84,7 +84,7 @@ def test_a_recipe_is_saved_and_read_again(tmp_path):
         (dict(hflip=2.0), "hflip must be from 0 to 1"),
         (dict(amp_dtype="int8"), "amp_dtype must be one of: bfloat16, float16"),
         (dict(train_crop_mode="round"), "train_crop_mode must be one of: rrc, rkrc, rkrr, pad, none"),
-        (dict(scale=(0.9, 0.1)), "scale must be two rising shares"),
+        (dict(crop_scale=(0.9, 0.1)), "crop_scale must be two rising shares"),
         (dict(decay_milestones=(-1.0,)), "decay_milestones must be above 0"),
         (dict(mixup=0.2, batch_size=3), "mixup and cutmix need an even batch_size"),
         (dict(lr=0, seed=-1), "lr must be above 0; seed must be 0 or above"),

@@ -1,4 +1,4 @@
-"""A run in a process of its own, slow enough to be killed: ``python killed_run.py FOLDER``; it resumes what it finds."""
+"""A run to be killed, with a pause at each step: ``python killed_run.py FOLDER``; it resumes what it finds."""
 
 import sys
 import time
@@ -12,10 +12,11 @@ from spherify.train.conduct import Conduct
 from spherify.train.fit import fit
 from spherify.train.loaders import loaders_for
 
-PAUSE = 0.02  # seconds a step, so that a kill meets every part of the run
+PAUSE = 0.02  # seconds; 36 steps
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+
+def run(folder: Path, pause: float = 0.0) -> None:
+    """A run of everything that has a state, resumed where there is one; its model goes to ``folder/model``."""
     chosen = recipe(
         epochs=6, opt="adamw", lr=1e-2, no_aug=False, train_crop_mode="pad", reprob=0.3, mixup=0.3, model_ema=True
     )
@@ -26,7 +27,12 @@ if __name__ == "__main__":
         chosen,
         output=folder,
         resume="auto",
-        on_step=[lambda step, total: time.sleep(PAUSE)],
+        on_step=[lambda step, total: time.sleep(pause)],
         conduct=Conduct(quiet=True, checkpoint_steps=2),
     )
     save(done.model, folder / "model")
+
+
+if __name__ == "__main__":
+    print("begun", flush=True)
+    run(Path(sys.argv[1]), PAUSE)
