@@ -30,7 +30,10 @@ KINDS: dict[str, tuple[Any, str]] = {  # name: type, help; the names are the fie
     "img_size": (int, "Pixels of a side."),
     "no_aug": (bool, "No augmentation."),
     "train_crop_mode": (str, "rrc, rkrc, rkrr, pad, none."),
-    "crop_scale": (tuple[float, float], "Area of a random resized crop (timm: --scale, which here is the radius of a head)."),
+    "crop_scale": (
+        tuple[float, float],
+        "Area of a random resized crop (timm: --scale, which here is the radius of a head).",
+    ),
     "ratio": (tuple[float, float], "Form of a random resized crop."),
     "hflip": (float, "Share of images mirrored left to right."),
     "vflip": (float, "Share of images mirrored top to bottom."),

@@ -34,8 +34,8 @@ class Recipe:
         decay_milestones: where multistep divides; epochs, or below 1 shares of the run.
         img_size: pixels of a side; None is what the model, else the data has.
         no_aug: images as in the test. train_crop_mode: rrc (random resized crop), rkrc, rkrr as in timm; pad (4
-            mirrored pixels around, then a crop); none. crop_scale, ratio: of rrc. hflip, vflip: probabilities; hflip None is
-            0.5 where a mirror image is of the same class. color_jitter, aa, reprob, remode: as in timm.
+            mirrored pixels around, then a crop); none. crop_scale, ratio: of rrc. hflip, vflip: probabilities; hflip None
+            is 0.5 where a mirror image is of the same class. color_jitter, aa, reprob, remode: as in timm.
         mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode, mixup_off_epoch, smoothing: as in timm.
         drop, drop_path: dropout and stochastic depth that the model is built with; None is the model's own.
         amp, amp_dtype: autocast in bfloat16 or float16.
@@ -124,7 +124,10 @@ class Recipe:
             (self.hflip is not None and not 0 <= self.hflip <= 1, "hflip must be from 0 to 1"),
             (self.amp_dtype not in AMP_DTYPES, f"amp_dtype must be one of: {', '.join(AMP_DTYPES)}"),
             (self.train_crop_mode not in CROPS, f"train_crop_mode must be one of: {', '.join(CROPS)}"),
-            (len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1], "crop_scale must be two rising shares"),
+            (
+                len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1],
+                "crop_scale must be two rising shares",
+            ),
             (len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1], "ratio must be two rising numbers"),
             (any(place <= 0 for place in self.decay_milestones), "decay_milestones must be above 0"),
             (self.mixes and self.images_a_step % 2 != 0, "mixup and cutmix need an even batch_size"),
@@ -167,7 +170,15 @@ class Recipe:
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "fast": (
         "the default: AdamW, one cosine over 8 epochs with a warm-up, small shifts",
-        Recipe(epochs=8, batch_size=64, lr=2e-3, warmup_epochs=1, crop_scale=(0.7, 1.0), ratio=(0.9, 1.1), smoothing=0.05),
+        Recipe(
+            epochs=8,
+            batch_size=64,
+            lr=2e-3,
+            warmup_epochs=1,
+            crop_crop_scale=(0.7, 1.0),
+            ratio=(0.9, 1.1),
+            smoothing=0.05,
+        ),
     ),
     "finetune": (
         "a converted or pretrained network on new data: AdamW, small steps, 10 epochs",
@@ -177,7 +188,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             weight_decay=0.02,
             warmup_epochs=1,
             clip_grad=1.0,
-            crop_scale=(0.35, 1.0),
+            crop_crop_scale=(0.35, 1.0),
             smoothing=0.1,
         ),
     ),
@@ -207,7 +218,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             sched="multistep",
             decay_milestones=(200 / 550, 375 / 550),
             train_crop_mode="rrc",
-            crop_scale=(0.5, 1.0),
+            crop_crop_scale=(0.5, 1.0),
             hflip=0.5,
             orthogonality=1e-5,
         ),
