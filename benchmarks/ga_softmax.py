@@ -62,9 +62,7 @@ def cnn9(channels: int, widths: tuple[int, int, int], side: int) -> nn.Sequentia
             channels = width
         layers.append(nn.MaxPool2d(2))
     features = channels * (side // 8) ** 2
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(features, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 10)
-    )
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 256, bias=False), nn.Linear(256, 10))
 
 
 @torch.no_grad()
@@ -96,6 +94,7 @@ def main() -> None:
         head="ga-softmax",
         head_operator=given.head_operator,
         margin=given.margin,
+        gain="none",  # the feature is a vector of responses: its length cannot shrink to nothing by a gain
         example_input=images[:2],
         inplace=True,
     )

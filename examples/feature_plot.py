@@ -101,7 +101,7 @@ def measured(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, 
     """Features, class weights, angle of each feature to its class's weight in degrees, accuracy in percent."""
     body, classifier = model[:-1], model[-1]  # type: ignore[index]
     features = torch.cat([body(part) for part in images.split(500)])
-    weight = classifier.weight
+    weight = classifier.weight.detach()
     cosine = nn.functional.cosine_similarity(features, weight[labels])
     right = (classifier(features).argmax(1) == labels).float().mean()
     return features, weight, torch.rad2deg(torch.acos(cosine.clamp(-1, 1))), 100.0 * float(right)
