@@ -21,6 +21,7 @@ from spherify.heads import MarginSchedule, criterion
 
 SCHEDULES = {
     "none": MarginSchedule(),
+    "gentle": MarginSchedule(base=100.0, gamma=0.1, power=1.0),
     "short": MarginSchedule(base=100.0, gamma=0.1, power=2.0),  # for hundreds of steps, not thousands
 }
 
