@@ -234,6 +234,14 @@ OPTIONS = [
     (["--no-linear"], {"linear": False}),
     (["--linear"], {"linear": True}),
     (["--head", "convert"], {"head": "convert"}),
+    (
+        ["--head", "w-softmax", "--head-operator", "sigmoid", "--head-k", "0.2"],
+        {"head": "w-softmax", "head_operator": "sigmoid", "head_k": 0.2},
+    ),
+    (
+        ["--head", "arcface", "--margin", "0.4", "--scale", "32"],
+        {"head": "arcface", "margin": 0.4, "scale": 32.0},
+    ),
     (["--norm", "remove"], {"norm": "remove"}),
     (["--activation", "remove"], {"activation": "remove"}),
     (["--gain", "learned"], {"gain": "learned"}),
@@ -264,7 +272,10 @@ def test_all_options_together_stand_in_the_json(run):
         "eps": 1e-3,
         "include": ["layer*", "fc"],
         "exclude": ["@stem"],
-        "head": "convert",
+        "head": "ga-softmax",
+        "head_operator": "sigmoid",
+        "head_k": 0.5,
+        "margin": 3.0,
         "num_classes": 7,
         "norm": "remove",
         "activation": "remove",
@@ -275,7 +286,12 @@ def test_all_options_together_stand_in_the_json(run):
     for name, value in together.items():
         for word in value if isinstance(value, list) else [value]:
             arguments += [f"--{name.replace('_', '-')}", str(word)]
-    assert run(MODEL, *arguments).json["options"] == {**together, "skip_shortcuts": True, "linear": False}
+    assert run(MODEL, *arguments).json["options"] == {
+        **together,
+        "skip_shortcuts": True,
+        "linear": False,
+        "scale": None,
+    }
 
 
 def test_every_option_of_a_conversion_is_on_the_command_line(run):

@@ -65,11 +65,11 @@ def test_a_model_of_torchvision_is_converted_by_its_name():
 
 @pytest.mark.parametrize(
     "argument",
-    [dict(num_classes=5), dict(pretrained=True), dict(checkpoint="x.pth"), dict(seed=0)],
+    [dict(pretrained=True), dict(checkpoint="x.pth"), dict(seed=0)],
     ids=lambda a: next(iter(a)),
 )
 def test_what_goes_with_a_name_is_refused_with_a_module(argument):
-    message = r"^num_classes, pretrained, checkpoint and seed go with a model's name, not with a module\.$"
+    message = r"^pretrained, checkpoint and seed go with a model's name, not with a module\.$"
     with pytest.raises(OptionError, match=message):
         spherify(small_net(), **argument)
 

@@ -24,11 +24,13 @@ from spherify.graph.folding import FoldPlan
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, has_model, version_of
 from spherify.plan.plan import Plan
 from spherify.rewrite.apply import CONVERSION, apply_, conversion_of, in_short, misfits
+from spherify.rewrite.classifiers import biases_taken, take_biases_
 from spherify.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 LIBRARY_NAME = "spherify"
+TAKEN = "spherify.taken_bias:"  # before the path of a head: the bias that it had, which no state dict holds
 
 
 def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | None = None) -> Path:
@@ -113,6 +115,7 @@ def config_of(
         "k_range": [K_MIN, K_MAX],
         "head": {
             "kind": plan.options.head,
+            "settings": plan.heads[0].head.to_dict() if plan.heads and plan.heads[0].head else None,
             "layers": [decision.site.name for decision in plan.decisions if "@head" in decision.site.roles],
         },
         "weights": {"file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights), "ties": ties},
@@ -149,6 +152,9 @@ def tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
             continue
         first_name[id(value)] = name
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for name, bias in biases_taken(model).items():
+        if not bias.is_meta:  # lost with an earlier folder, of a version that did not keep it
+            tensors[TAKEN + name] = bias.detach().cpu().clone()
     return tensors, ties
 
 
@@ -263,6 +269,8 @@ def plan_for(base: nn.Module, config: dict[str, Any], folder: Path) -> Plan:
 
 def assign_tensors_(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str], folder: Path) -> None:
     """Every tensor under all its names, the names of one tensor tied again."""
+    taken = {name.removeprefix(TAKEN): tensor for name, tensor in tensors.items() if name.startswith(TAKEN)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TAKEN)}
     everything = {**tensors, **{name: tensors[stored] for name, stored in ties.items()}}
     try:
         model.load_state_dict(everything, strict=True, assign=True)
@@ -274,6 +282,7 @@ def assign_tensors_(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str
         target, _, alias = name.rpartition(".")
         table = "_parameters" if key in model.get_submodule(owner)._parameters else "_buffers"
         getattr(model.get_submodule(target), table)[alias] = getattr(model.get_submodule(owner), table)[key]
+    take_biases_(model, taken)
 
 
 def has_meta_tensors(model: nn.Module) -> bool:
