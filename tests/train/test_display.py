@@ -69,7 +69,8 @@ def test_times_are_written_as_clocks_show_them():
 
 
 def rows_of(folder) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "log.csv").open()))
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_log_is_a_table_with_a_column_for_everything(tmp_path):

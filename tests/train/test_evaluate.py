@@ -142,7 +142,8 @@ def test_every_picture_is_drawn_and_has_ink(drawn, name):
 
 
 def test_the_table_of_angles_says_what_the_filters_are(drawn):
-    rows = list(csv.DictReader((drawn[0] / "angles.csv").open()))
+    with (drawn[0] / "angles.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     layer = drawn[1].model[3]
     assert [row["layer"] for row in rows] == ["0", "3"]
     assert (rows[1]["filters"], rows[1]["fan_in"]) == ("8", "54")
