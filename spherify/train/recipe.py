@@ -33,9 +33,12 @@ class Recipe:
             warmup_lr, min_lr, decay_rate: as in timm.
         decay_milestones: where multistep divides; epochs, or below 1 shares of the run.
         img_size: pixels of a side; None is what the model, else the data has.
-        no_aug: images as in the test. train_crop_mode: rrc (random resized crop), rkrc, rkrr as in timm; pad (4
-            mirrored pixels around, then a crop); none. crop_scale, ratio: of rrc. hflip, vflip: probabilities; hflip None
-            is 0.5 where a mirror image is of the same class. color_jitter, aa, reprob, remode: as in timm.
+        no_aug: images as in the test.
+        train_crop_mode: rrc (random resized crop), rkrc, rkrr as in timm; pad (4 mirrored pixels around, then a
+            crop); none.
+        crop_scale, ratio: area and form of rrc; the first is timm's ``scale``, which here belongs to the head.
+        hflip, vflip: probabilities; hflip None is 0.5 where a mirror image is of the same class.
+        color_jitter, aa, reprob, remode: as in timm.
         mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode, mixup_off_epoch, smoothing: as in timm.
         drop, drop_path: dropout and stochastic depth that the model is built with; None is the model's own.
         amp, amp_dtype: autocast in bfloat16 or float16.
@@ -175,7 +178,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             batch_size=64,
             lr=2e-3,
             warmup_epochs=1,
-            crop_crop_scale=(0.7, 1.0),
+            crop_scale=(0.7, 1.0),
             ratio=(0.9, 1.1),
             smoothing=0.05,
         ),
@@ -188,7 +191,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             weight_decay=0.02,
             warmup_epochs=1,
             clip_grad=1.0,
-            crop_crop_scale=(0.35, 1.0),
+            crop_scale=(0.35, 1.0),
             smoothing=0.1,
         ),
     ),
@@ -218,7 +221,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
             sched="multistep",
             decay_milestones=(200 / 550, 375 / 550),
             train_crop_mode="rrc",
-            crop_crop_scale=(0.5, 1.0),
+            crop_scale=(0.5, 1.0),
             hflip=0.5,
             orthogonality=1e-5,
         ),
