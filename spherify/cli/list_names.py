@@ -11,12 +11,12 @@ from spherify.errors import OptionError
 
 
 def list_names(
-    what: Annotated[str, typer.Argument(help="models, operators, heads, roles.")] = "operators",
+    what: Annotated[str, typer.Argument(help="models, operators, heads, roles, data.")] = "operators",
     pattern: Annotated[str, typer.Argument(help="A glob on the names.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """List models, operators, heads or roles."""
+    """List models, operators, heads, roles or data."""
     from fnmatch import fnmatchcase
 
     found = {
@@ -50,4 +50,8 @@ def catalogue(what: str, pattern: str) -> dict[str, str]:
         from spherify.graph.roles import ROLES
 
         return {name: (role.__doc__ or "").strip().splitlines()[0] for name, role in ROLES.items()}
-    raise OptionError(f"there is no list of {what!r}; choose one of: models, operators, heads, roles.")
+    if what == "data":
+        from spherify.data.sources import KINDS, NAMED
+
+        return {**{name: entry.summary for name, entry in NAMED.items()}, **KINDS}
+    raise OptionError(f"there is no list of {what!r}; choose one of: models, operators, heads, roles, data.")
