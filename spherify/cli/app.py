@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from spherify.cli.calibrate import calibrate
 from spherify.cli.convert import convert
 from spherify.cli.list_names import list_names
 from spherify.errors import OptionError, SpherifyError
@@ -41,6 +42,7 @@ def group(
 
 
 app.command()(convert)
+app.command()(calibrate)
 app.command(name="list")(list_names)
 
 
