@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spherify.calibrate.images import collected
 from spherify.calibrate.pair import Pair
+from spherify.calibrate.reconstruct import Schedule, reconstruct_
 from spherify.calibrate.report import IMAGES_COMPARED, Report, distances, joined, layer_fits
 from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
 from spherify.calibrate.transplant import Settings, transplant_
@@ -20,6 +21,7 @@ from spherify.errors import ModelError, OptionError
 from spherify.layers.angular import AngularLayer
 from spherify.rewrite.apply import conversion_of, is_untouched, undo_
 
+BATCH_TO_OPTIMISE = 25
 METHODS = ("statistics", "transplant", "reconstruct")
 
 Progress = Callable[[str], None]
@@ -95,6 +97,9 @@ def carry_out(
         return
     assert donor is not None
     transplant_(Pair(model, donor, parts, half=is_large(parts)), settings, progress)
+    if method == "reconstruct":
+        batches = [batch for part in parts for batch in part.split(BATCH_TO_OPTIMISE)]
+        reconstruct_(Pair(model, donor, batches, half=is_large(parts)), Schedule(seed=settings.seed), progress)
 
 
 def has_gains(model: nn.Module) -> bool:

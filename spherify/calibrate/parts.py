@@ -19,7 +19,7 @@ from spherify.layers.angular import AngularLayer
 EVERY_ROW = slice(None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
     """Filters that are fitted together: a layer, or one slice of a packed weight.
 

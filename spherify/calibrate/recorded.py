@@ -21,16 +21,17 @@ IN_PLACE_BY_NAME = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv_
 @contextlib.contextmanager
 def as_plain(model: nn.Module) -> Iterator[None]:
     """Within it every angular layer is one call of its torch function, and the model is in eval mode."""
-    layers = [(layer, layer.operator) for layer in model.modules() if isinstance(layer, AngularLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, AngularLayer)]
+    states = [(layer.operator, layer.fixed_k, layer.k_logit) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for layer, _ in layers:
-            layer.operator = "identity"
+        for layer in layers:
+            layer.operator, layer.fixed_k, layer.k_logit = "identity", None, None
         model.eval()
         yield
     finally:
-        for layer, operator in layers:
-            layer.operator = operator
+        for layer, (layer.operator, layer.fixed_k, layer.k_logit) in zip(layers, states, strict=True):
+            pass
         for module, mode in modes:
             module.training = mode
 

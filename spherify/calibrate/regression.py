@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spherify.errors import SpherifyError
+
 ROWS_AT_ONCE = 8192
+LEAST_RIDGE = 1e-6
 
 
 @dataclass
@@ -73,9 +76,16 @@ class Equations:
         self.mean = self.weighted.mean(1, dtype=torch.float64) if centred else rows.new_zeros(rows.shape[::2], dtype=torch.double)
         gram = self.products(self.weighted, rows) - count * self.mean[:, :, None] * self.mean[:, None]
         size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
-        self.ridge = ridge * size
-        gram.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
-        self.factor = torch.linalg.cholesky(gram)
+        self.ridge = torch.zeros_like(size)
+        while True:  # with fewer rows than inputs, rounding may call for a larger ridge than was asked for
+            gram.diagonal(dim1=1, dim2=2).add_((ridge * size - self.ridge)[:, None])
+            self.ridge = ridge * size
+            self.factor, failures = torch.linalg.cholesky_ex(gram)
+            if not failures.any():
+                break
+            ridge = max(10.0 * ridge, LEAST_RIDGE)
+            if not ridge < 1e6:
+                raise SpherifyError("a layer's activations are not finite; check the calibration images and the donor.")
 
     @staticmethod
     def products(left: Tensor, right: Tensor) -> Tensor:

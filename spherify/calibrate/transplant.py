@@ -28,7 +28,7 @@ class Settings:
         seed: of the sample of positions.
     """
 
-    ridge: float = 1e-4
+    ridge: float = 1e-3
     rounds: int = 5
     rows: int = 100_000
     corrects_sums: bool = True

@@ -151,16 +151,27 @@ class World:
 
     def through(self, number: int, start: int, value: Tensor, chain: Sequence[int]) -> Tensor:
         """What becomes of a value put in the place of a result, by the functions behind it; nothing is kept."""
+        kept = self.values[number].get(start)
+        self.values[number][start] = value
+        try:
+            return self.between(number, chain) if chain else value
+        finally:
+            if kept is None:
+                del self.values[number][start]
+            else:
+                self.values[number][start] = kept
+
+    def between(self, number: int, steps: Sequence[int]) -> Tensor:
+        """The result of the last of these steps, from values at hand; nothing is kept."""
         values = self.values[number]
         kept = dict(values)
         try:
-            values[start] = value
-            for position in chain:
-                values[position] = value = self.call(number, position)
+            for step in steps:
+                values[step] = self.call(number, step)
+            return values[steps[-1]]
         finally:
             values.clear()
             values.update(kept)
-        return value
 
     def widened(self, value: Any) -> Any:
         return value.float() if self.half and isinstance(value, Tensor) and value.dtype == torch.float16 else value

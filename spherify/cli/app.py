@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from spherify.cli.bench import bench
+from spherify.cli.calibrate import calibrate
 from spherify.cli.convert import convert
 from spherify.cli.evaluate import evaluate
 from spherify.cli.export import export
@@ -47,6 +48,7 @@ def group(
 app.command()(convert)
 app.command()(train)
 app.command()(evaluate)
+app.command()(calibrate)
 app.command(name="list")(list_names)
 app.command()(export)
 app.command()(bench)
