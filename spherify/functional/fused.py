@@ -232,7 +232,7 @@ def differentiable_backward(
     from spherify.functional.sphere import plain_sphere
 
     stride, padding, dilation, groups, operator, fixed_k, eps, _ = ctx.numbers
-    window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode="zeros")
     leaves = [x, weight, bias, gain, k]
     is_wanted = [leaf is not None and wanted for leaf, wanted in zip(leaves, ctx.needs_input_grad, strict=False)]
     with torch.enable_grad():
