@@ -6,14 +6,20 @@ is a few images, small enough to stay in a core's cache from the first pass over
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 17  # numbers; 512 KB in float32, what a core's second-level cache holds
+BLOCK = 1 << 16  # numbers; with the backward pass's half dozen of temporaries, a core's second-level cache
 
 
 def blocks(x: Tensor) -> Iterator[slice]:
@@ -28,9 +34,37 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The kernels for CUDA, if triton is there, can serve this GPU, and SPHERIFY_TRITON is not 0."""
+    if os.environ.get("SPHERIFY_TRITON") == "0":
+        return None
+    try:
+        kernels = importlib.import_module("spherify.functional.triton_kernels")
+        if kernels.works():
+            return kernels
+        reason = "they return numbers that are not finite"
+    except ImportError:
+        return None
+    except Exception as error:  # the compiler's own, of many kinds
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"spherify's Triton kernels do not run here and plain operations stand in ({reason}).", stacklevel=2)
+    return None
+
+
+def kernels_for(*tensors: Tensor) -> Any:
+    """The module of kernels, where all of these can be given to it, else None."""
+    if not tensors[0].is_cuda:
+        return None
+    kernels = triton_kernels()
+    return kernels if kernels is not None and all(map(kernels.takes, tensors)) else None
+
+
 def energy_of(x: Tensor, groups: int) -> Tensor:
     """Sum of squares over the channels of each group: (N, C, ...) to (N, G, ...), in float32 or wider."""
     channels = x.shape[1]
+    if groups < channels and (kernels := kernels_for(x)) is not None:
+        return kernels.energy(x, groups)
     if groups == channels:
         wide = x.to(wide_type(x.dtype))
         return wide * wide
@@ -96,6 +130,8 @@ def normalise_and_respond_(
         inverse_length: of the filters, where ``product`` is not by unit filters.
         k, gain, bias: numbers, or tensors that broadcast as (O, 1, ...).
     """
+    if (kernels := kernels_for(product)) is not None:
+        return kernels.normalise_and_respond_(product, inverse_norm, inverse_length, operator, k, gain, bias)
     softness, groups = Softness.of(k), inverse_norm.shape[1]
     for block in blocks(product):
         part, inverse = product[block], inverse_norm[block].unsqueeze(2)
@@ -147,8 +183,40 @@ def respond_backward(
         saved: for the cosine the output, gain and bias included; else the response before gain and bias.
         needs: whether the gradients by input, weight, bias, gain and k are wanted.
     """
+    _, _, needs_bias, _, needs_k = needs
+    softness = Softness.of(k)
+    if (kernels := kernels_for(saved, gradient)) is not None:
+        product, along, by_filter = kernels.respond_backward(
+            gradient, saved, inverse_norm, inverse_length, operator, k, gain, bias
+        )
+        found = Gradients(product, along, by_filter[3])
+    else:
+        found, by_filter = backward_by_blocks(
+            gradient, saved, inverse_norm, inverse_length, operator, softness, gain, bias, needs
+        )
+    found.bias = by_filter[0] if needs_bias else None
+    if operator != "cosine":
+        found.gain = by_filter[1]
+        if needs_k and softness is not None:
+            factor = by_filter[1] if gain is None else by_filter[1] * gain.flatten()
+            found.k = by_k(by_filter[2], factor, softness)
+    return found
+
+
+def backward_by_blocks(
+    gradient: Tensor,
+    saved: Tensor,
+    inverse_norm: Tensor,
+    inverse_length: Tensor | None,
+    operator: str,
+    softness: Softness | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Gradients, Tensor]:
+    """By plain operations; and sums by filter, (4, O): of the gradient, with the response, for k, along the filter."""
     needs_x, needs_weight, needs_bias, needs_gain, needs_k = needs
-    softness, groups, filters = Softness.of(k), inverse_norm.shape[1], saved.shape[1]
+    groups, filters = inverse_norm.shape[1], saved.shape[1]
     wide = inverse_norm.dtype
     by_filter = inverse_norm.new_zeros(4, filters)
     found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), by_filter[3])
@@ -176,13 +244,7 @@ def respond_backward(
         else:  # float16 ends at 65504, and the slope may be steep at a patch of zeros
             narrow = (grouped(slope, groups) * inverse).clamp_(-largest, largest)
             found.product[block] = narrow.flatten(1, 2)
-    found.bias = by_filter[0] if needs_bias else None
-    if operator != "cosine":
-        found.gain = by_filter[1]
-        if needs_k and softness is not None:
-            factor = by_filter[1] if gain is None else by_filter[1] * gain.flatten()
-            found.k = by_k(by_filter[2], factor, softness)
-    return found
+    return found, by_filter
 
 
 def slope_at(
