@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from spherify import Options, __version__, load
 from spherify.cli import app as cli
+from spherify.cli.conversion_flags import conversion_flags
 from spherify.errors import FileError, OptionError, SpherifyError
 
 MODEL = "test_resnet"  # timm's smallest: 16 layers, among them two 1x1 shortcuts and the classifier
@@ -590,3 +592,7 @@ def test_a_list_without_a_name_is_that_of_the_operators(run):
 @pytest.mark.parametrize("what", ["operators", "heads", "roles", "models"])
 def test_a_list_in_json_is_one_object_of_the_same_names(run, what):
     assert list(run("list", what, "--json").json) == listed(run("list", what))
+
+
+def test_the_flags_of_a_conversion_in_other_commands_are_the_options():
+    assert set(conversion_flags()) == {field.name for field in fields(Options)}
