@@ -54,8 +54,13 @@ def cifar10() -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def cnn9(channels: int, widths: tuple[int, int, int], side: int) -> nn.Sequential:
-    """Three stages of three 3x3 convolutions with BatchNorm and ReLU, and a fully connected layer."""
+def cnn9(channels: int, widths: tuple[int, int, int], side: int, with_norm: bool) -> nn.Sequential:
+    """Three stages of three 3x3 convolutions with BatchNorm and ReLU, and a fully connected layer.
+
+    Without a norm behind that layer the feature is a vector of responses, as in the authors' last code: short at
+    first, and nothing can shrink it. With one, as in their first code, it is long and learns faster, but a margin
+    that comes too early shrinks it to nothing.
+    """
     layers: list[nn.Module] = []
     for width in widths:
         for _ in range(3):
@@ -63,7 +68,9 @@ def cnn9(channels: int, widths: tuple[int, int, int], side: int) -> nn.Sequentia
             channels = width
         layers.append(nn.MaxPool2d(2))
     features = channels * (side // 8) ** 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 256, bias=False), nn.Linear(256, 10))
+    layers += [nn.Flatten(), nn.Linear(features, 256, bias=False)]
+    layers += [nn.BatchNorm1d(256), nn.ReLU()] if with_norm else []
+    return nn.Sequential(*layers, nn.Linear(256, 10))
 
 
 @torch.no_grad()
@@ -82,6 +89,7 @@ def main() -> None:
     parser.add_argument("--head-operator", default="linear")
     parser.add_argument("--margin", type=float, default=4.0)
     parser.add_argument("--schedule", choices=SCHEDULES, default="short")
+    parser.add_argument("--feature-norm", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--widths", type=int, nargs=3, default=(16, 24, 32))
@@ -90,12 +98,12 @@ def main() -> None:
     torch.manual_seed(given.seed)
     images, labels, test_images, test_labels = digits() if given.data == "digits" else cifar10()
     model = spherify(
-        cnn9(images.shape[1], tuple(given.widths), images.shape[-1]),
+        cnn9(images.shape[1], tuple(given.widths), images.shape[-1], given.feature_norm),
         operator="linear",
         head="ga-softmax",
         head_operator=given.head_operator,
         margin=given.margin,
-        gain="none",  # the feature is a vector of responses: its length cannot shrink to nothing by a gain
+        gain="none",
         example_input=images[:2],
         inplace=True,
     )

@@ -132,7 +132,9 @@ def draw(results: dict[str, tuple[Tensor, Tensor, Tensor, float]], labels: Tenso
                 annotation_clip=False,
             )
         axis.set(xlim=(-1.15 * reach, 1.15 * reach), ylim=(-1.15 * reach, 1.15 * reach), aspect="equal")
-        axis.set_title(f"{name}\ntest {accuracy:.1f} %, angle to own class: median {float(angles.median()):.1f} deg")
+        axis.set_title(
+            f"{name}\ntest {accuracy:.1f} %, angle to own class: median {float(angles.median()):.1f} deg", fontsize=10
+        )
         axis.grid(alpha=0.2)
     last = axes.flat[-1]
     for name, (_, _, angles, _) in results.items():

@@ -212,8 +212,8 @@ REFUSED = {
         r"^head='ga-softmax': no classifier was found in FromFunction; give a model that ends in one, or head=keep\.$",
     ),
     "a tensor added": (
-        lambda: net(lambda m, x: m.fc(pooled(m, x)) + m.fc.weight.sum(1), fc=nn.Linear(8, 4)),
-        r"^head='ga-softmax': the logits of fc go through \w+ in the model itself",
+        lambda: net(lambda m, x: m.fc(pooled(m, x)) + m.norm.weight, fc=nn.Linear(8, 4), norm=nn.LayerNorm(4)),
+        r"^head='ga-softmax': the logits of fc go through add in the model itself",
     ),
     "two widths": (
         lambda: net(lambda m, x: (m.fc(pooled(m, x)), m.box(pooled(m, x))), fc=nn.Linear(8, 4), box=nn.Linear(8, 16)),
@@ -242,14 +242,11 @@ def test_encoders_and_detectors_are_refused():
         OptionError, match=r"^num_classes=3: no classifier was found in VisionTransformer; give a model"
     ):
         plan(timm_model("test_vit", num_classes=0), num_classes=3)
-    with pytest.raises(
-        OptionError, match=r"different widths \(.* and \d+ more\), so it is no classifier alone; use head=keep"
-    ):
-        plan(
-            net(lambda m, x: tuple(part(pooled(m, x)) for part in m.parts), parts=six),
-            head="arcface",
-            example_input=image(),
-        )
+    six = nn.ModuleList(nn.Linear(8, 4 + index) for index in range(6))
+    model = net(lambda m, x: tuple(part(pooled(m, x)) for part in m.parts), parts=six)
+    message = r"different widths \(parts\.0 4, .* and 2 more\), so it is no classifier alone; use head=keep\.$"
+    with pytest.raises(OptionError, match=message):
+        plan(model, head="arcface", example_input=image())
 
 
 def test_options_that_do_not_go_with_the_head_are_refused():

@@ -110,6 +110,7 @@ class AngularLoss(nn.Module):
         return self.cross_entropy(plain, target)
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Torch's, with the options of this criterion."""
         return F.cross_entropy(
             logits,
             target,

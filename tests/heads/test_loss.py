@@ -360,3 +360,16 @@ def test_a_head_that_was_replaced_is_told():
     setattr(model, HEADS_OF_MODEL, ("1",))
     with pytest.raises(ModelError, match=r"^1 was converted to an angular head and is a Linear now, without a margin;"):
         criterion(nn.Sequential(model))
+
+
+def test_wrapped_for_distributed_training_it_is_found_and_trains(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(make("ga linear").float())
+        out = model(normal(16, 6).float())
+        assert out.shape == (16, 6)
+        loss = criterion(model)(out, labels())
+        loss.backward()
+        assert loss.item() == pytest.approx(reference(make("ga linear"), normal(16, 6), labels()), abs=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
