@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spherify.version import __version__
 
 if TYPE_CHECKING:
-    from spherify import functional, heads, layers, regularizers
+    from spherify import functional, heads, layers, regularizers, train
     from spherify.calibrate.calibrate import calibrate
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
@@ -42,7 +42,7 @@ HOMES = {
     "RewriteError": "spherify.errors",
     "FileError": "spherify.errors",
 }
-ROOMS = ("functional", "layers", "heads", "regularizers")
+ROOMS = ("functional", "layers", "heads", "regularizers", "train")
 
 
 class Face(ModuleType):
@@ -90,5 +90,6 @@ __all__ = [
     "regularizers",
     "save",
     "spherify",
+    "train",
     "unspherify",
 ]

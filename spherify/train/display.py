@@ -114,7 +114,7 @@ class Bar(Silence):
             self.say(in_words(row))
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def values(loss: float | None, lr: float, images_per_second: float | None) -> str:
