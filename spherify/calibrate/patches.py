@@ -50,13 +50,13 @@ def output_rows(output: Tensor, is_conv: bool) -> Tensor:
 
 
 def sampled(count: int, wanted: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """``wanted`` of the numbers below ``count``, each at most once; all where there are no more."""
+    """``wanted`` of the numbers below ``count`` in order, each at most once; all where there are no more."""
     if wanted >= count:
         return torch.arange(count, device=device)
     if count > 8 * wanted:  # draw few of many without a list of all: repeats are rare, and taken out
         drawn = torch.randint(count, (wanted + wanted // 4,), generator=generator).unique()
-        return drawn[torch.randperm(len(drawn), generator=generator)[:wanted]].to(device)
-    return torch.randperm(count, generator=generator)[:wanted].to(device)
+        return drawn[torch.randperm(len(drawn), generator=generator)[:wanted]].sort().values.to(device)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values.to(device)
 
 
 def patch_rows(call: Call, positions: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from spherify.errors import SpherifyError
 
 ROWS_AT_ONCE = 8192
 LEAST_RIDGE = 1e-6
+HELD_OUT = 0.2  # of the rows, to choose the ridge by
 
 
 @dataclass
@@ -29,7 +31,6 @@ class Samples:
     beside: Tensor | None = None
     low: float | None = None
     high: float | None = None
-    weights: Tensor | None = None
 
     @property
     def is_one_sided(self) -> bool:
@@ -68,24 +69,27 @@ class Equations:
         centred: fit an offset too.
     """
 
-    def __init__(self, rows: Tensor, ridge: float, centred: bool, weights: Tensor | None = None) -> None:
+    def __init__(self, rows: Tensor, ridge: float, centred: bool) -> None:
         self.rows, self.centred = rows, centred
         count = rows.shape[1]
-        self.weights = weights
-        self.weighted = rows if weights is None else rows * weights[None, :, None]
-        self.mean = self.weighted.mean(1, dtype=torch.float64) if centred else rows.new_zeros(rows.shape[::2], dtype=torch.double)
-        gram = self.products(self.weighted, rows) - count * self.mean[:, :, None] * self.mean[:, None]
-        size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
-        self.ridge = torch.zeros_like(size)
-        while True:  # with fewer rows than inputs, rounding may call for a larger ridge than was asked for
-            gram.diagonal(dim1=1, dim2=2).add_((ridge * size - self.ridge)[:, None])
-            self.ridge = ridge * size
+        self.mean = rows.new_zeros(rows.shape[::2], dtype=torch.double)
+        if centred:
+            self.mean = rows.mean(1, dtype=torch.float64)
+        self.gram = self.products(rows, rows) - count * self.mean[:, :, None] * self.mean[:, None]
+        self.size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
+        self.factorise(ridge)
+
+    def factorise(self, ridge: float) -> None:
+        """Raises SpherifyError where the rows are not finite."""
+        while ridge < 1e12:  # with fewer rows than inputs, rounding may call for a larger ridge than was asked for
+            gram = self.gram.clone()
+            self.ridge = ridge * self.size
+            gram.diagonal(dim1=1, dim2=2).add_(self.ridge[:, None])
             self.factor, failures = torch.linalg.cholesky_ex(gram)
             if not failures.any():
-                break
+                return
             ridge = max(10.0 * ridge, LEAST_RIDGE)
-            if not ridge < 1e6:
-                raise SpherifyError("a layer's activations are not finite; check the calibration images and the donor.")
+        raise SpherifyError("a layer's activations are not finite; check the calibration images and the donor.")
 
     @staticmethod
     def products(left: Tensor, right: Tensor) -> Tensor:
@@ -99,40 +103,56 @@ class Equations:
         """The map with the least squared error, drawn towards ``prior`` (G, O/G, D) by the ridge."""
         rows, count = self.rows, self.rows.shape[1]
         if self.centred:
-            target_mean = (targets if self.weights is None else targets * self.weights[None, :, None]).mean(1, dtype=torch.float64)
+            target_mean = targets.mean(1, dtype=torch.float64)
         else:
             target_mean = torch.zeros_like(prior[:, :, 0], dtype=torch.double)
-        right = self.products(self.weighted, targets) - count * self.mean[:, :, None] * target_mean[:, None]
+        right = self.products(rows, targets) - count * self.mean[:, :, None] * target_mean[:, None]
         right += self.ridge[:, None, None] * prior.mT.double()
         weight = torch.cholesky_solve(right, self.factor).mT  # (G, O/G, D)
         offset = target_mean - (weight @ self.mean[:, :, None])[:, :, 0]
         return Line(weight.to(rows.dtype), offset.to(rows.dtype))
 
 
-def fitted(samples: Samples, prior: Tensor, *, ridge: float, rounds: int, centred: bool) -> tuple[Line, Tensor]:
+def best_ridge(samples: Samples, prior: Tensor, ridges: Sequence[float], *, centred: bool) -> float:
+    """The ridge whose map, fitted to the first rows, errs least on the last ones, which are of other images."""
+    count = samples.rows.shape[1]
+    kept = count - max(1, int(HELD_OUT * count))
+    if len(ridges) == 1 or kept < 2:
+        return ridges[0]
+    rows, targets = samples.rows[:, :kept].contiguous(), samples.targets[:, :kept].contiguous()
+    held, truth = samples.rows[:, kept:], samples.targets[:, kept:]
+    equations = Equations(rows, ridges[0], centred)
+    errors = []
+    for ridge in ridges:
+        equations.factorise(ridge)
+        errors.append(float((equations.solve(targets, prior)(held) - truth).square().mean()))
+    return ridges[errors.index(min(errors))]
+
+
+def fitted(
+    samples: Samples, prior: Tensor, *, ridges: Sequence[float], rounds: int, centred: bool
+) -> tuple[Line, Tensor]:
     """The affine map that answers the samples best, and the targets as they stood at last.
 
     One-sided targets are moved to the answers where the activation is flat, and the map is solved again, ``rounds``
     times; each round lowers the one-sided error (it minimises an upper bound that touches it).
     """
-    equations = Equations(samples.rows, ridge, centred, samples.weights)
-    line = equations.solve(samples.targets, prior)
-    if not samples.is_one_sided:
-        return line, samples.targets
+    ridge = best_ridge(samples, prior, ridges, centred=centred)
+    equations = Equations(samples.rows, ridge, centred)
     targets = samples.targets
-    for _ in range(rounds):
+    line = equations.solve(targets, prior)
+    for _ in range(rounds if samples.is_one_sided else 0):
         targets = samples.targets_near(line(samples.rows))
         line = equations.solve(targets, prior)
     return line, targets
 
 
-def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     """For each output, the factor and offset that bring values nearest to targets: (G, R, O) to twice (G, O)."""
-    w = 1.0 if weights is None else weights[None, :, None]
     if not centred:
-        scale = (w * values * targets).sum(1) / (w * values.square()).sum(1).clamp_min(1e-20)
+        scale = (values * targets).sum(1) / values.square().sum(1).clamp_min(1e-20)
         return scale, torch.zeros_like(scale)
-    value_mean, target_mean = (w * values).mean(1), (w * targets).mean(1)
+    value_mean, target_mean = values.mean(1), targets.mean(1)
     spread = values - value_mean[:, None]
-    scale = (w * spread * (targets - target_mean[:, None])).sum(1) / (w * spread.square()).sum(1).clamp_min(1e-20)
+    scale = (spread * (targets - target_mean[:, None])).sum(1) / spread.square().sum(1).clamp_min(1e-20)
     return scale, target_mean - scale * value_mean

@@ -19,7 +19,7 @@ class Settings:
     """How a transplantation is done.
 
     Attributes:
-        ridge: of the regressions, relative to the mean square of an input.
+        ridges: tried for each layer, relative to the mean square of an input; held-out images choose.
         rounds: how often one-sided targets are moved; 0 takes the plain ones.
         rows: at most so many rows a layer.
         corrects_sums: the last layer of a residual branch makes up for the error of the sum.
@@ -28,16 +28,12 @@ class Settings:
         seed: of the sample of positions.
     """
 
-    ridge: float = 1e-3
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     rounds: int = 5
     rows: int = 100_000
     corrects_sums: bool = True
     refits_kept: bool = True
     bends: int = 2
-    alpha: float = 0.0
-    floor: float = 0.1
-    beta: float = 0.0
-    gamma: float = 0.0
     seed: int = 0
 
 
@@ -92,28 +88,16 @@ def fit_(part: Part, gatherer: Gatherer, settings: Settings) -> Fit:
     if not centred and part.bias is None:
         pass  # no offset anywhere
     groups = samples.rows.shape[0]
-    if samples.is_one_sided and (settings.alpha or settings.beta) and groups == 1:
-        total = (samples.targets + (0 if samples.beside is None else samples.beside)).clamp_min(0)
-        n = total.square().sum((0, 2))
-        n = n / n.mean()
-        if settings.alpha:
-            w = (n + settings.floor) ** -settings.alpha
-            samples.weights = w / w.mean()
     old = part.filters.detach().flatten(1).float().unflatten(0, (groups, -1))
     directions, _ = unit(old)
-    scale, _ = scale_and_shift(samples.rows @ directions.mT, samples.targets, centred=centred, weights=samples.weights)
+    scale, _ = scale_and_shift(samples.rows @ directions.mT, samples.targets, centred=centred)
     prior = directions * scale[:, :, None]
-    line, targets = fitted(samples, prior, ridge=settings.ridge, rounds=settings.rounds, centred=centred)
+    line, targets = fitted(samples, prior, ridges=settings.ridges, rounds=settings.rounds, centred=centred)
     new, _ = unit(line.weight)
     response = part.response(samples.rows @ new.mT)
     if part.is_angular and part.module.operator != "cosine":
         new, response, targets = bent(part, samples, line, settings, centred, prior)
-    scale, shift = scale_and_shift(response, targets, centred=centred, weights=samples.weights)
-    if settings.gamma and part.is_angular and centred:
-        ratio = (targets.std(1) / (response.std(1) * scale)).clamp(1, 2) ** settings.gamma
-        middle = scale * response.mean(1) + shift
-        scale = scale * ratio
-        shift = middle - scale * response.mean(1)
+    scale, shift = scale_and_shift(response, targets, centred=centred)
     write_(part, new, scale, shift, response)
     answers = response * scale[:, None] + shift[:, None]
     return fit_of(part.name, answers, truths)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spherify.calibrate.regression import Equations, Samples, fitted, scale_and_shift
+from spherify.calibrate.regression import Equations, Samples, best_ridge, fitted, scale_and_shift
 
 
 def random(*shape, seed=0):
@@ -46,7 +46,7 @@ def test_one_sided_targets_fit_what_the_relu_shows():
     prior = torch.zeros(1, 6, 5).double()
     errors = []
     for rounds in (0, 2, 20):
-        line, _ = fitted(Samples(rows, truth, low=0.0), prior, ridge=1e-9, rounds=rounds, centred=True)
+        line, _ = fitted(Samples(rows, truth, low=0.0), prior, ridges=(1e-9,), rounds=rounds, centred=True)
         errors.append(one_sided_error(line(rows), truth))
     assert errors[0] > errors[1] > errors[2]
 
@@ -69,3 +69,10 @@ def test_scale_and_shift_recover_a_line():
     scale, shift = scale_and_shift(values, 3 * values - 2, centred=True)
     torch.testing.assert_close(scale, torch.full((2, 3), 3.0).double())
     torch.testing.assert_close(shift, torch.full((2, 3), -2.0).double())
+
+
+def test_the_ridge_is_chosen_by_what_was_held_out():
+    rows, prior = random(1, 60, 50), torch.zeros(1, 1, 50).double()
+    signal = rows[:, :, :1] * 1.0
+    assert best_ridge(Samples(rows, signal), signal.new_zeros(1, 1, 50), (1e-4, 1e3), centred=True) == 1e-4
+    assert best_ridge(Samples(rows, random(1, 60, 1, seed=5)), prior, (1e-4, 1e3), centred=True) == 1e3
