@@ -152,7 +152,7 @@ class Gradients:
     """What the backward pass of the elementwise part finds.
 
     Attributes:
-        product: (N, O, ...) in the type of the output; for the cosine without the factor ``gain``.
+        product: (N, O, ...) in the type of the output.
         along: (N, G, ...): sum over the filters of the gradient by the cosine times the cosine.
         along_filter: (O,): the same summed over the patches.
         bias, gain, k: (O,), in float32 or wider; gain and k are None for the cosine.
@@ -220,6 +220,9 @@ def backward_by_blocks(
     wide = inverse_norm.dtype
     by_filter = inverse_norm.new_zeros(4, filters)
     found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), by_filter[3])
+    factor = inverse_length
+    if operator == "cosine" and gain is not None:
+        factor = gain if factor is None else factor * gain
     others = [0, *range(2, saved.dim())]
     largest = torch.finfo(saved.dtype).max
     for block in blocks(saved):
@@ -238,7 +241,7 @@ def backward_by_blocks(
             along = cosine * slope
             torch.sum(grouped(along, groups), 2, out=found.along[block])
             by_filter[3] += along.sum(others)
-        slope = slope if inverse_length is None else slope * inverse_length
+        slope = slope if factor is None else slope * factor
         if found.product.dtype == wide:
             torch.mul(grouped(slope, groups), inverse, out=grouped(found.product[block], groups))
         else:  # float16 ends at 65504, and the slope may be steep at a patch of zeros

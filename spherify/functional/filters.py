@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherify.functional.blocks import grouped, wide_type
-from spherify.functional.cosine import CONVOLUTIONS, unit_filters
+from spherify.functional.cosine import CONVOLUTIONS, box_sum, unit_filters
+
+MANY_MAPS = 8
 
 
 def filter_shape(value: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -99,6 +101,29 @@ def by_direction_(
     return by_filters.sub_(weight * factor).to(weight.dtype)
 
 
+def sums_by_convolution(x: Tensor, window: Sequence[int]) -> bool:
+    """Whether many maps are summed faster by a depthwise convolution with ones than slice by slice: on the CPU.
+
+    Not where autocast, TF32 or their like could reach it.
+    """
+    precision = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
+    if torch.is_autocast_enabled("cpu") or precision not in ("none", "ieee"):
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32 and len(window) == 2 and x.shape[1] >= MANY_MAPS
+
+
+def window_sum(
+    energy: Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Padding and ``box_sum``: (N, G, H, W) to (N, G, P, Q)."""
+    if max(window, default=1) > 1 and sums_by_convolution(energy, window):
+        maps = energy.shape[1]
+        return F.conv2d(energy, energy.new_ones(maps, 1, *window), None, stride, padding, dilation, maps)
+    if any(padding):
+        energy = F.pad(energy, [number for number in reversed(padding) for _ in range(2)])
+    return box_sum(energy, window, stride, dilation)
+
+
 def spread_over_window(
     x: Tensor,
     sizes: Sequence[int],
@@ -108,6 +133,17 @@ def spread_over_window(
     dilation: Sequence[int],
 ) -> Tensor:
     """The transpose of padding and ``box_sum``: (N, G, P, Q) to (N, G, H, W), each patch's number on all its pixels."""
+    if max(window, default=1) > 1 and sums_by_convolution(x, window):
+        maps = x.shape[1]
+        beyond = [
+            sizes[axis]
+            + 2 * padding[axis]
+            - (x.shape[2 + axis] - 1) * stride[axis]
+            - dilation[axis] * (window[axis] - 1)
+            - 1
+            for axis in range(2)
+        ]
+        return F.conv_transpose2d(x, x.new_ones(maps, 1, *window), None, stride, padding, beyond, maps, dilation)
     first = x.dim() - len(window)
     for axis in reversed(range(len(window))):
         size, step, gap, dim = window[axis], stride[axis], dilation[axis], first + axis

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
@@ -21,7 +20,6 @@ from spherify.functional.blocks import (
     respond_backward,
     wide_type,
 )
-from spherify.functional.cosine import box_sum
 from spherify.functional.filters import (
     by_direction_,
     filter_shape,
@@ -32,6 +30,7 @@ from spherify.functional.filters import (
     rows_of,
     spread_over_window,
     subtract_along_,
+    window_sum,
 )
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
@@ -76,10 +75,7 @@ def patch_inverse_norm(
     if all(size == 1 for size in window) and not any(padding):
         taken = (slice(None), slice(None), *[slice(None, None, step) for step in stride])
         x, stride = x[taken], [1] * len(stride)
-    energy = energy_of(x, groups)
-    if any(padding):
-        energy = F.pad(energy, [number for number in reversed(padding) for _ in range(2)])
-    return box_sum(energy, window, stride, dilation).add(eps).rsqrt_()
+    return window_sum(energy_of(x, groups), window, stride, padding, dilation).add_(eps).rsqrt_()
 
 
 @torch.library.custom_op("spherify::sphere_product", mutates_args=())
@@ -157,6 +153,17 @@ def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * len(ctx.numbers)
 
 
+def is_safe_divisor(gain: Tensor) -> bool:
+    """Whether the gradient by the cosine's gain may be had by dividing by the gain; a GPU is not waited for.
+
+    The other way, with the gain in the filters, needs no division and two more tensors of the weight's size.
+    """
+    if gain.is_cuda or gain.dim() == 0 or gain.numel() == 0:
+        return False
+    size = gain.detach().abs()
+    return bool(size.min() > 1e-4 * size.max())
+
+
 def fast_backward(
     ctx: Any,
     gradient: Tensor,
@@ -177,11 +184,11 @@ def fast_backward(
     scale, offset = filter_shape(gain, answer, wide), filter_shape(bias, answer, wide)
     is_cosine = operator == "cosine"
     scaled = inverse if power == 1.0 else inverse * power
+    is_in_filters = is_cosine and gain is not None and not is_safe_divisor(gain)
+    in_gradient = None if is_in_filters else scale
     found = respond_backward(
-        gradient, answer, scaled, filter_shape(length, answer, wide), operator, softness, scale, offset, needs
+        gradient, answer, scaled, filter_shape(length, answer, wide), operator, softness, in_gradient, offset, needs
     )
-    # For the cosine the gain is in the filters, where the sums for its gradient cost nothing.
-    is_in_filters = is_cosine and gain is not None
     with_gain = filters.to(wide) * rows_of(gain, weight) if is_in_filters and needs_x else filters
     by_x, by_filters = multiply_backward(
         found.product,
@@ -194,7 +201,9 @@ def fast_backward(
         needs_x,
         needs_weight or (needs_gain and is_in_filters),
     )
-    by_gain = None if is_cosine else found.gain
+    by_gain = found.gain
+    if is_cosine and gain is not None and not is_in_filters:
+        by_gain = found.along_filter / gain.to(wide)
     by_weight = None
     if by_filters is not None:
         by_filters = by_filters.to(wide_type(weight.dtype))
@@ -208,8 +217,6 @@ def fast_backward(
             found.along.mul_(inverse * inverse), x.shape[2:], weight.shape[2:], stride, padding, dilation
         )
         by_x = subtract_along_(by_x.to(x.dtype), x, along)
-    if not is_cosine:
-        by_gain = found.gain if needs_gain else None
     return [
         by_x,
         by_weight,

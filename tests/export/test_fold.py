@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,11 +11,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from spherify import ModelError, RewriteError, fold, load, save, spherify, unspherify
+from spherify.bench.compare import Settings, images_for
 from spherify.bench.memory import peak_bytes
 from spherify.export.fold import fold_any, left_unfolded
 from spherify.functional.folded import SharedNorms
+from spherify.graph.record import tensors_in
 from spherify.layers import SphereConv2d, SphereLinear
 from spherify.layers.folded import FoldedConv2d, FoldedLinear, FoldedNorm
+from spherify.models.resolve import build, resolve
+
+FAMILIES = (Path(__file__).parents[1] / "zoo_families.txt").read_text().split()
 
 OPERATORS = [
     dict(operator="cosine"),
@@ -242,3 +248,25 @@ def test_a_linear_layer_alone_keeps_the_bias_a_caller_gives():
     folded = fold(model, example_input=torch.randn(2, 6))[0]
     x, bias = torch.randn(3, 6), torch.randn(4)
     assert_close(folded(x, bias=bias), layer(x, bias=bias))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the models' own
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_smallest_model_of_a_family_answers_as_before(name):
+    torch.manual_seed(0)
+    plain = build(resolve(name))
+    try:
+        x = images_for(plain, Settings(batch=2))
+    except ModelError as error:
+        pytest.skip(str(error))
+    model = spherify(plain, example_input=x, inplace=True).eval()
+    for part in model.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_var is not None:
+            part.running_mean.normal_(0, 0.02)
+            part.running_var.uniform_(0.01, 0.1)
+    with torch.no_grad():
+        truth = next(tensors_in(model(x)))
+        folded = next(tensors_in(fold(model, example_input=x, inplace=True)(x)))
+    assert truth.isfinite().all()
+    assert (truth - folded).abs().max() <= 1e-5 * truth.abs().max().clamp_min(1.0)
