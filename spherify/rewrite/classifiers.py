@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.heads.angular import AngularConv1d, AngularConv2d, AngularConv3d, AngularHead, AngularLinear
-from spherify.plan.plan import Decision
+from spherify.plan.decision import Decision
 from spherify.rewrite.swaps import ORIGIN, Origin, computes_the_same
 
 HEAD_TWINS: dict[type[nn.Module], type[AngularHead]] = {
