@@ -30,7 +30,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "w-softmax (cosine)": dict(head="w-softmax"),
     "ga-softmax, cosine (a-softmax)": dict(head="ga-softmax", head_operator="cosine"),
     "ga-softmax, linear": dict(head="ga-softmax", head_operator="linear"),
-    "ga-softmax, sigmoid k=0.3": dict(head="ga-softmax", head_operator="sigmoid", head_k=0.3),
+    "ga-softmax, sigmoid k=0.7": dict(head="ga-softmax", head_operator="sigmoid", head_k=0.7),
 }
 
 
@@ -76,8 +76,8 @@ def network(features: int = 2) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, features), nn.Linear(features, 10))
 
 
-def train(options: dict[str, Any], images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    torch.manual_seed(0)
+def train(options: dict[str, Any], images: Tensor, labels: Tensor, epochs: int, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
     model: nn.Module = network()
     if options:  # the classifier alone; the body stays a plain network
         model = spherify(model, include="@head", example_input=images[:2], inplace=True, **options)
@@ -144,8 +144,8 @@ def draw(results: dict[str, tuple[Tensor, Tensor, Tensor, float]], labels: Tenso
         ylim=(0, 100),
         xlabel="angle to the weight of the own class (degrees)",
         ylabel="test images within that angle (%)",
-        title="how narrow the classes are",
     )
+    last.set_title("how narrow the classes are", fontsize=10)
     last.legend(loc="lower right")
     last.grid(alpha=0.2)
     figure.savefig(output, dpi=70)
@@ -157,13 +157,14 @@ def main() -> None:
     parser.add_argument("--data", help="an .npz, or 'digits'")
     parser.add_argument("--images", type=int, default=12000, help="how many are used; the last sixth is for the test")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("features.png"))
     given = parser.parse_args()
     images, labels = data(given.data, given.images)
     kept = math.ceil(len(images) * 5 / 6)
     results = {}
     for name, options in HEADS.items():
-        model = train(options, images[:kept], labels[:kept], given.epochs)
+        model = train(options, images[:kept], labels[:kept], given.epochs, given.seed)
         results[name] = measured(model, images[kept:], labels[kept:])
         print(f"{name}: test {results[name][3]:.1f} %, median angle {float(results[name][2].median()):.1f} degrees")
     draw(results, labels[kept:], given.output)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from spherify import load, plan, save, spherify, unspherify
-from spherify.errors import ModelError, OptionError, SpherifyError
+from spherify.errors import ModelError, OptionError, RewriteError, SpherifyError
 from spherify.heads import HEAD_KINDS, AngularConv2d, AngularHead, AngularLinear, criterion
 from spherify.layers import SphereConv2d
 
@@ -247,6 +247,16 @@ def test_encoders_and_detectors_are_refused():
     message = r"different widths \(parts\.0 4, .* and 2 more\), so it is no classifier alone; use head=keep\.$"
     with pytest.raises(OptionError, match=message):
         plan(model, head="arcface", example_input=image())
+
+
+def test_a_shared_class_weight_keeps_its_size():
+    model = net(lambda m, x: m.fc(m.other(pooled(m, x))), other=nn.Linear(8, 8), fc=nn.Linear(8, 8))
+    model.other.weight = model.fc.weight
+    with pytest.raises(
+        RewriteError, match=r"^fc: another module shares its weight; a new number of classes would part"
+    ):
+        spherify(model, num_classes=3, example_input=image())
+    assert spherify(model, head="w-softmax", example_input=image()).get_submodule("fc").weight.shape == (8, 8)
 
 
 def test_options_that_do_not_go_with_the_head_are_refused():

@@ -17,7 +17,8 @@ from spherify.heads.angular import AngularHead
 from spherify.layers.angular import AngularLayer
 from spherify.layers.removed import Removed
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, source_of
-from spherify.plan.plan import Decision, Plan
+from spherify.plan.decision import Decision
+from spherify.plan.plan import Plan
 from spherify.rewrite.apply import REPLACED
 from spherify.rewrite.swaps import ORIGIN
 

@@ -115,7 +115,7 @@ def config_of(
         "k_range": [K_MIN, K_MAX],
         "head": {
             "kind": plan.options.head,
-            "settings": plan.heads[0].head.to_dict() if plan.heads and plan.heads[0].head else None,
+            **({"settings": plan.heads[0].head.to_dict()} if plan.heads and plan.heads[0].head else {}),
             "layers": [decision.site.name for decision in plan.decisions if "@head" in decision.site.roles],
         },
         "weights": {"file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights), "ties": ties},

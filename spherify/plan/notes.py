@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from spherify.plan.options import Options
 
 if TYPE_CHECKING:
-    from spherify.plan.plan import Decision
+    from spherify.plan.decision import Decision
 
 MOST_NAMED = 3  # of many, in one line
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from spherify.plan.options import Options
 
 if TYPE_CHECKING:
-    from spherify.plan.plan import Decision
+    from spherify.plan.decision import Decision
 
 RunsAfter = Mapping[str, Sequence[str]]  # path of a norm or an activation -> what it runs after (graph/uses.py)
 NOWHERE_ELSE: RunsAfter = {}

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from spherify.plan.plan import Decision, Plan
+    from spherify.plan.decision import Decision
+    from spherify.plan.plan import Plan
 
 LONGEST_RUN = 4  # rows that differ in the numbers of their names alone; more are folded into one
 STYLES = {"convert": "green", "keep": "yellow", "unsupported": "bold red"}

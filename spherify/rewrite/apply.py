@@ -16,7 +16,8 @@ from spherify.layers.angular import AngularLayer
 from spherify.layers.folded import Folded
 from spherify.layers.redirected import Redirected, redirected_class
 from spherify.layers.removed import Removed
-from spherify.plan.plan import Decision, Plan
+from spherify.plan.decision import Decision
+from spherify.plan.plan import Plan
 from spherify.rewrite.classifiers import RESIZED, resize_, resize_back_, swap_head_, swap_head_back_
 from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
 

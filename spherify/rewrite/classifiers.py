@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.heads.angular import AngularConv1d, AngularConv2d, AngularConv3d, AngularHead, AngularLinear
-from spherify.plan.plan import Decision
+from spherify.plan.decision import Decision
 from spherify.rewrite.swaps import ORIGIN, Origin, computes_the_same
 
 HEAD_TWINS: dict[type[nn.Module], type[AngularHead]] = {
@@ -100,13 +100,19 @@ def width_attribute(module: nn.Module) -> str:
 
 
 def resize_(model: nn.Module, name: str, classes: int) -> None:
-    """Give a classifier new class weights of another number, and tell the modules around it their ``num_classes``."""
+    """Give a classifier new class weights of another number, and tell the modules around it their ``num_classes``.
+
+    Raises:
+        RewriteError: another module holds the same weight, and would keep the old one.
+    """
     module = model.get_submodule(name)
     weight, bias = module.weight, module._parameters.get("bias")
     assert isinstance(weight, nn.Parameter)
     old = weight.shape[0]
     if old == classes:
         return
+    if sum(any(own is weight for own in part._parameters.values()) for part in model.modules()) > 1:
+        raise RewriteError(f"{name}: another module shares its weight; a new number of classes would part them.")
     steps = name.split(".") if name else []
     around = [".".join(steps[:count]) for count in range(len(steps))]
     counts = tuple(path for path in around if getattr(model.get_submodule(path), COUNT, None) == old)

@@ -22,8 +22,8 @@ from spherify.layers.timm_convs import (
     SphereStdConv2d,
     SphereStdConv2dSame,
 )
+from spherify.plan.decision import Decision
 from spherify.plan.options import Options
-from spherify.plan.plan import Decision
 
 
 class Twins(dict[type[nn.Module], type[AngularLayer]]):

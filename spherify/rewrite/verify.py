@@ -12,7 +12,8 @@ from spherify.graph.record import Inputs, Recording, record
 from spherify.heads.angular import AngularHead
 from spherify.layers.angular import AngularLayer
 from spherify.layers.redirected import Redirected
-from spherify.plan.plan import Decision, Plan
+from spherify.plan.decision import Decision
+from spherify.plan.plan import Plan
 
 
 def check_that_something_is_converted(plan: Plan) -> None:

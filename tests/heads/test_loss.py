@@ -118,6 +118,19 @@ def test_gradients_are_those_of_the_values(name):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_features_along_and_against_their_class_have_finite_gradients(name, dtype):
+    layer = make(name).to(dtype)
+    weight = layer.weight.detach()
+    x = torch.cat([2 * weight, -2 * weight, torch.zeros(5, 6, dtype=dtype)]).requires_grad_()
+    loss = criterion(layer)(layer(x), labels(15))
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
+
+
 def test_a_softmax_is_ga_softmax_with_the_cosine():
     one, other = make("a"), make("ga cosine")
     other.settings = AngularLinear(6, 5, head="ga-softmax", operator="cosine", margin=4).settings

@@ -341,7 +341,7 @@ def test_a_norm_that_may_do_more_than_normalise_is_not_removed():
 
 
 def test_a_layer_without_a_twin_is_refused_by_name():
-    from spherify.plan.plan import Decision
+    from spherify.plan.decision import Decision
     from spherify.rewrite.swaps import swap_
 
     model = FromFunction(lambda self, x: x, up=nn.ConvTranspose2d(3, 4, 3))
