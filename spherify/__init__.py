@@ -14,8 +14,10 @@ from spherify.version import __version__
 
 if TYPE_CHECKING:
     from spherify import functional, heads, layers, regularizers, train
+    from spherify.calibrate.calibrate import calibrate
     from spherify.convert import plan, spherify, unspherify
     from spherify.errors import FileError, ModelError, OptionError, RewriteError, SpherifyError
+    from spherify.export.fold import fold
     from spherify.export.folder import load, save
     from spherify.parameter_groups import parameter_groups
     from spherify.plan.options import Options
@@ -26,8 +28,10 @@ HOMES = {
     "spherify": "spherify.convert",
     "plan": "spherify.convert",
     "unspherify": "spherify.convert",
+    "calibrate": "spherify.calibrate.calibrate",
     "register_twin": "spherify.rewrite.swaps",
     "parameter_groups": "spherify.parameter_groups",
+    "fold": "spherify.export.fold",
     "save": "spherify.export.folder",
     "load": "spherify.export.folder",
     "Options": "spherify.plan.options",
@@ -42,7 +46,7 @@ ROOMS = ("functional", "layers", "heads", "regularizers", "train")
 
 
 class Face(ModuleType):
-    """This package. Its function ``plan`` and its room ``plan`` share a name; as an attribute, the function wins."""
+    """This package. A function and its room may share a name (``plan``); as an attribute, the function wins."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in HOMES and isinstance(value, ModuleType)):  # what importing a room would set
@@ -74,6 +78,8 @@ __all__ = [
     "RewriteError",
     "SpherifyError",
     "__version__",
+    "calibrate",
+    "fold",
     "functional",
     "heads",
     "layers",

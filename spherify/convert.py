@@ -189,7 +189,10 @@ def build_plain(source: Source, pretrained: bool, checkpoint: str | Path | None,
 
 
 def first_run(model: nn.Module, example_input: Any) -> tuple[Inputs, tuple[Recording, ...]]:
-    """Record the model on the user's input, or on the first guess that it runs on."""
+    """Record the model on the user's input, or on the first guess that it runs on.
+
+    A guess on which it also trains goes before one on which it does not: Inception's auxiliary head needs 299 pixels.
+    """
     if example_input is not None:
         inputs = as_inputs(example_input)
         return inputs, record_both(model, inputs)
@@ -198,11 +201,18 @@ def first_run(model: nn.Module, example_input: Any) -> tuple[Inputs, tuple[Recor
         raise ModelError(f"{type(model).__name__}: no input can be guessed; pass example_input=... .")
     failures = []
     for device in ("meta", "cpu"):
+        untrained = None
         for inputs in candidates:
             try:
-                return inputs, record_both(model, inputs, devices=(device,))
+                recordings = record_both(model, inputs, devices=(device,))
             except ModelError as error:
                 failures.append(error)
+                continue
+            if len(recordings) == 2 or device == "cpu":
+                return inputs, recordings
+            untrained = untrained or (inputs, recordings)
+        if untrained is not None:
+            return untrained
     raise failures[0]
 
 

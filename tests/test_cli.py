@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from spherify import Options, __version__, load
 from spherify.cli import app as cli
+from spherify.cli.conversion_flags import conversion_flags
 from spherify.errors import FileError, OptionError, SpherifyError
 
 MODEL = "test_resnet"  # timm's smallest: 16 layers, among them two 1x1 shortcuts and the classifier
@@ -234,6 +236,14 @@ OPTIONS = [
     (["--no-linear"], {"linear": False}),
     (["--linear"], {"linear": True}),
     (["--head", "convert"], {"head": "convert"}),
+    (
+        ["--head", "w-softmax", "--head-operator", "sigmoid", "--head-k", "0.2"],
+        {"head": "w-softmax", "head_operator": "sigmoid", "head_k": 0.2},
+    ),
+    (
+        ["--head", "arcface", "--margin", "0.4", "--scale", "32"],
+        {"head": "arcface", "margin": 0.4, "scale": 32.0},
+    ),
     (["--norm", "remove"], {"norm": "remove"}),
     (["--activation", "remove"], {"activation": "remove"}),
     (["--gain", "learned"], {"gain": "learned"}),
@@ -264,7 +274,10 @@ def test_all_options_together_stand_in_the_json(run):
         "eps": 1e-3,
         "include": ["layer*", "fc"],
         "exclude": ["@stem"],
-        "head": "convert",
+        "head": "ga-softmax",
+        "head_operator": "sigmoid",
+        "head_k": 0.5,
+        "margin": 3.0,
         "num_classes": 7,
         "norm": "remove",
         "activation": "remove",
@@ -275,7 +288,12 @@ def test_all_options_together_stand_in_the_json(run):
     for name, value in together.items():
         for word in value if isinstance(value, list) else [value]:
             arguments += [f"--{name.replace('_', '-')}", str(word)]
-    assert run(MODEL, *arguments).json["options"] == {**together, "skip_shortcuts": True, "linear": False}
+    assert run(MODEL, *arguments).json["options"] == {
+        **together,
+        "skip_shortcuts": True,
+        "linear": False,
+        "scale": None,
+    }
 
 
 def test_every_option_of_a_conversion_is_on_the_command_line(run):
@@ -574,3 +592,7 @@ def test_a_list_without_a_name_is_that_of_the_operators(run):
 @pytest.mark.parametrize("what", ["operators", "heads", "roles", "models"])
 def test_a_list_in_json_is_one_object_of_the_same_names(run, what):
     assert list(run("list", what, "--json").json) == listed(run("list", what))
+
+
+def test_the_flags_of_a_conversion_in_other_commands_are_the_options():
+    assert set(conversion_flags()) == {field.name for field in fields(Options)}

@@ -65,11 +65,11 @@ def test_a_model_of_torchvision_is_converted_by_its_name():
 
 @pytest.mark.parametrize(
     "argument",
-    [dict(num_classes=5), dict(pretrained=True), dict(checkpoint="x.pth"), dict(seed=0)],
+    [dict(pretrained=True), dict(checkpoint="x.pth"), dict(seed=0)],
     ids=lambda a: next(iter(a)),
 )
 def test_what_goes_with_a_name_is_refused_with_a_module(argument):
-    message = r"^num_classes, pretrained, checkpoint and seed go with a model's name, not with a module\.$"
+    message = r"^pretrained, checkpoint and seed go with a model's name, not with a module\.$"
     with pytest.raises(OptionError, match=message):
         spherify(small_net(), **argument)
 
@@ -327,3 +327,19 @@ def test_errors_are_of_one_family():
         assert issubclass(error, SpherifyError)
     assert issubclass(OptionError, ValueError)
     assert issubclass(ModelError, TypeError)
+
+
+def test_an_input_the_model_also_trains_on_goes_first():
+    class NeedsLargeImages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.aux = nn.Conv2d(4, 2, 250)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x, self.aux(x)) if self.training else x
+
+    report = plan(NeedsLargeImages())
+    assert [decision.rule for decision in report.decisions] == ["body", "head"]  # not "unused"
+    assert not any("Train mode could not be recorded" in note for note in report.notes)

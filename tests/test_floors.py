@@ -11,10 +11,10 @@ FLOORS = [  # from the ground up; rooms on one floor do not know each other
     {"errors", "version"},
     {"functional"},
     {"graph", "layers", "heads", "models", "data"},
-    {"plan", "calibrate", "regularizers", "parameter_groups"},
+    {"plan", "regularizers", "parameter_groups"},
     {"rewrite"},
     {"convert", "export"},
-    {"train"},  # converts before it, saves after it
+    {"train", "calibrate"},  # they convert before, and save after
     {"experiments", "report", "bench"},
     {"cli"},
 ]

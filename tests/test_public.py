@@ -12,11 +12,12 @@ import pytest
 
 import spherify
 import spherify.functional
+import spherify.heads
 import spherify.layers
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(spherify.__file__).parent
-ROOMS = [spherify, spherify.functional, spherify.layers]
+ROOMS = [spherify, spherify.functional, spherify.layers, spherify.heads]
 HEAVY = ("torch", "torchvision", "timm", "numpy", "rich", "typer")
 README = ROOT / "README.md"
 

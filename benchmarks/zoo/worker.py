@@ -10,7 +10,9 @@ import warnings
 from collections import Counter
 from typing import Any
 
+import timm
 import torch
+import torchvision
 
 from spherify.convert import plan
 from spherify.errors import SpherifyError
@@ -38,13 +40,23 @@ def build_small(name: str) -> torch.nn.Module:
         return build(source)
 
 
+def family_of(name: str) -> str:
+    """The file in which the library defines the model."""
+    library, _, bare = name.partition(":")
+    if library == "timm":
+        return f"timm {timm.models.model_entrypoint(bare).__module__.rpartition('.')[2]}"
+    return f"torchvision {torchvision.models.get_model_builder(bare).__module__.removeprefix('torchvision.models.')}"
+
+
 def examine(name: str) -> dict[str, Any]:
     """What the tool says of one model, and whether its conversion holds."""
-    start = time.perf_counter()
+    known = {"model": name, "family": family_of(name)}
     try:
-        report = plan(build_small(name))
+        model = build_small(name)
+        start = time.perf_counter()
+        report = plan(model)
     except SpherifyError as error:
-        return {"model": name, "outcome": "refused", "message": str(error), "seconds": time.perf_counter() - start}
+        return {**known, "outcome": "refused", "message": str(error)}
     planned = time.perf_counter()
     outcome, message = "converted", ""
     if report.summary()["converted"]:
@@ -57,7 +69,7 @@ def examine(name: str) -> dict[str, Any]:
     roles = Counter(role for decision in report.decisions for role in decision.site.roles)
     convs = [d for d in report.decisions if "@shortcut" in d.site.roles and d.site.kind != "linear"]
     return {
-        "model": name,
+        **known,
         "outcome": outcome,
         "message": message,
         "sites": len(report.decisions),

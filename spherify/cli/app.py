@@ -9,8 +9,11 @@ from typing import Annotated
 
 import typer
 
+from spherify.cli.bench import bench
+from spherify.cli.calibrate import calibrate
 from spherify.cli.convert import convert
 from spherify.cli.evaluate import evaluate
+from spherify.cli.export import export
 from spherify.cli.list_names import list_names
 from spherify.cli.train import train
 from spherify.errors import OptionError, SpherifyError
@@ -45,7 +48,10 @@ def group(
 app.command()(convert)
 app.command()(train)
 app.command()(evaluate)
+app.command()(calibrate)
 app.command(name="list")(list_names)
+app.command()(export)
+app.command()(bench)
 
 
 def with_default_command(arguments: list[str]) -> list[str]:

@@ -7,7 +7,10 @@ from typing import Any, get_type_hints
 
 from spherify.cli.convert import convert
 
-OWN = ("model", "output", "dry_run", "as_json", "seed", "debug", "pretrained", "checkpoint")  # of that command alone
+OWN = (  # of that command alone
+    *("model", "output", "dry_run", "as_json", "seed", "debug", "pretrained", "checkpoint"),
+    *("calibrate", "calibration", "calibration_images"),
+)
 
 
 def conversion_flags() -> dict[str, inspect.Parameter]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from spherify.cli.calibrate import progress_bar
 from spherify.cli.terminal import terminal
 
 
@@ -48,6 +49,11 @@ def convert(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Start from this file: .safetensors, .pth, .th.", metavar="FILE")
     ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Calibrate with these images: cifar10, ..., a folder, a file.npz.", metavar="DATA")
+    ] = None,
+    calibration: Annotated[str, typer.Option(help="statistics, transplant, reconstruct.")] = "transplant",
+    calibration_images: Annotated[int, typer.Option(help="How many of them.")] = 500,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write [default: MODEL-OPERATOR].", metavar="DIR")
     ] = None,
@@ -91,6 +97,14 @@ def convert(
         seed=seed,
     )
     converted = report.apply(inplace=True)
+    calibrated = None
+    if calibrate is not None and not dry_run:
+        from spherify.calibrate.from_data import calibrate_with
+
+        with progress_bar() as step:
+            calibrated = calibrate_with(
+                converted, calibrate, calibration, images=calibration_images, seed=seed, progress=step
+            )
     messages = Console(stderr=True, soft_wrap=True)
     if not dry_run:  # before anything is printed: `| head` must not keep it from being written
         save(converted, folder)
@@ -99,9 +113,12 @@ def convert(
             messages.print(f"note: {note}", markup=False)
     else:
         print_plan(report, terminal())
+        if calibrated is not None:
+            terminal().print(calibrated.table())
     if not dry_run:
         size = (folder / "model.safetensors").stat().st_size / 1e6
         place = messages if as_json else terminal()
         place.print(f"Wrote {folder}: model.safetensors ({size:.1f} MB), config.json", markup=False, highlight=False)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=1))
+        found = {} if calibrated is None else {"calibration": calibrated.to_dict()}
+        print(json.dumps({**report.to_dict(), **found}, indent=1))

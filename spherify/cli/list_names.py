@@ -36,8 +36,10 @@ def catalogue(what: str, pattern: str) -> dict[str, str]:
     """Names and a line about each."""
     if what == "models":
         from spherify.models.resolve import list_models
+        from spherify.models.zoo import zoo, zoo_versions
 
-        return dict.fromkeys(list_models(pattern), "")
+        unknown = f"not in the sweep of {zoo_versions()}"
+        return {name: str(zoo().get(name, unknown)) for name in list_models(pattern)}
     if what == "operators":
         from spherify.functional.responses import RESPONSES
 

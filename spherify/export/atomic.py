@@ -1,4 +1,4 @@
-"""Replacing a folder in one step: whoever looks sees the old one or the new one."""
+"""Replacing a folder or a file in one step: whoever looks sees the old one or the new one."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         flush_entry(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # after an exchange this is the old one
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """``data`` as the file at ``path``: written beside it and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with new.open("wb") as file:
+            file.write(data)
+            file.flush()
+            with suppress(OSError):
+                os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from spherify.errors import FileError, OptionError
 from spherify.export.atomic import replacing_folder
 from spherify.export.describe import plan_as_it_stands, source_for
+from spherify.export.fold import FOLD, apply_fold_
 from spherify.functional.responses import K_MAX, K_MIN
+from spherify.graph.folding import FoldPlan
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, has_model, version_of
 from spherify.plan.plan import Plan
 from spherify.rewrite.apply import CONVERSION, apply_, conversion_of, in_short, misfits
+from spherify.rewrite.classifiers import biases_taken, take_biases_
 from spherify.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
 LIBRARY_NAME = "spherify"
+TAKEN = "spherify.taken_bias:"  # before the path of a head: the bias that it had, which no state dict holds
 
 
 def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | None = None) -> Path:
@@ -54,7 +58,7 @@ def save(model: nn.Module, folder: str | Path, *, arguments: dict[str, Any] | No
     try:
         with replacing_folder(folder) as new:
             safetensors.torch.save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            config = config_of(plan, source, ties, new / WEIGHTS)
+            config = config_of(plan, source, ties, new / WEIGHTS, model.__dict__.get(FOLD))
             (new / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode)  # safetensors lets nobody else read
     except (OSError, safetensors.SafetensorError) as error:
@@ -92,7 +96,9 @@ def is_ours(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("library_name") == LIBRARY_NAME
 
 
-def config_of(plan: Plan, source: Source, ties: dict[str, str], weights: Path) -> dict[str, Any]:
+def config_of(
+    plan: Plan, source: Source, ties: dict[str, str], weights: Path, folded: FoldPlan | None = None
+) -> dict[str, Any]:
     """No root-level ``architecture``: timm refuses the folder instead of building the plain network from it."""
     config = {
         "library_name": LIBRARY_NAME,
@@ -105,9 +111,11 @@ def config_of(plan: Plan, source: Source, ties: dict[str, str], weights: Path) -
             "arguments": source.arguments,
         },
         **plan.to_record(),
+        **({} if folded is None else {"folded": folded.to_record()}),
         "k_range": [K_MIN, K_MAX],
         "head": {
             "kind": plan.options.head,
+            "settings": plan.heads[0].head.to_dict() if plan.heads and plan.heads[0].head else None,
             "layers": [decision.site.name for decision in plan.decisions if "@head" in decision.site.roles],
         },
         "weights": {"file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights), "ties": ties},
@@ -144,6 +152,9 @@ def tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
             continue
         first_name[id(value)] = name
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for name, bias in biases_taken(model).items():
+        if not bias.is_meta:  # lost with an earlier folder, of a version that did not keep it
+            tensors[TAKEN + name] = bias.detach().cpu().clone()
     return tensors, ties
 
 
@@ -155,7 +166,7 @@ def load(folder: str | Path, *, base: nn.Module | None = None, device: str | tor
         device: where the weights are put.
 
     Returns:
-        The converted model, in train mode as a newly built one.
+        The converted model, in train mode as a newly built one; a folded one in eval mode.
 
     Raises:
         OptionError: there is no such folder, or ``base`` is missing.
@@ -168,10 +179,13 @@ def load(folder: str | Path, *, base: nn.Module | None = None, device: str | tor
     for fresh in bases(source, base, folder):
         plan = plan_for(fresh, config, folder)
         apply_(fresh, plan)
+        if "folded" in config:
+            apply_fold_(fresh, FoldPlan.from_record(config["folded"]))
         assign_tensors_(fresh, tensors, config["weights"]["ties"], folder)
         if not has_meta_tensors(fresh):  # buffers that no state dict holds stay on meta; then it is built with data
             break
-    fresh.train()
+    if "folded" not in config:
+        fresh.train()
     if source.library != CUSTOM:
         setattr(fresh, SOURCE, source)
     return fresh.to(device)
@@ -255,6 +269,8 @@ def plan_for(base: nn.Module, config: dict[str, Any], folder: Path) -> Plan:
 
 def assign_tensors_(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str, str], folder: Path) -> None:
     """Every tensor under all its names, the names of one tensor tied again."""
+    taken = {name.removeprefix(TAKEN): tensor for name, tensor in tensors.items() if name.startswith(TAKEN)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TAKEN)}
     everything = {**tensors, **{name: tensors[stored] for name, stored in ties.items()}}
     try:
         model.load_state_dict(everything, strict=True, assign=True)
@@ -266,6 +282,7 @@ def assign_tensors_(model: nn.Module, tensors: dict[str, Tensor], ties: dict[str
         target, _, alias = name.rpartition(".")
         table = "_parameters" if key in model.get_submodule(owner)._parameters else "_buffers"
         getattr(model.get_submodule(target), table)[alias] = getattr(model.get_submodule(owner), table)[key]
+    take_biases_(model, taken)
 
 
 def has_meta_tensors(model: nn.Module) -> bool:

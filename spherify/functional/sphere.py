@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from spherify.functional.cosine import (
     padding_at_both_ends,
     per_axis,
 )
+from spherify.functional.fused import sphere_product, takes, type_of_product
 from spherify.functional.responses import RESPONSES, checked_k, response_named
 
 Size = int | Sequence[int]
@@ -61,6 +63,11 @@ def respond(
     return out
 
 
+def asks_for_shapes(x: Tensor) -> bool:
+    """Whether this is a run without data and without gradients: the plain twin's answer has the same shape and type."""
+    return x.is_meta and not torch.is_grad_enabled()
+
+
 def plain_conv(
     x: Tensor,
     weight: Tensor,
@@ -98,10 +105,78 @@ def sphere_conv(
         raise OptionError(f"sphere_conv{dims}d: the weight has {weight.dim()} dimensions, not {dims + 2}.")
     if x.dim() == dims + 1:  # unbatched, as the plain convolution allows
         return sphere_conv(dims, x[None], weight, bias, operator, k, eps, gain, window)[0]
-    if operator == "identity":
+    if operator == "identity" or asks_for_shapes(x):
         return plain_conv(x, weight, bias, **window)
-    cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
-    return respond(cosine, operator, k, gain, bias, weight.shape[0], dims).to(out_type)
+    if takes(x, weight, bias, k, gain) and (compute := common_type(x, weight)) is not None:
+        return fused_conv(x, weight, bias, operator, k, eps, gain, window, compute)
+    return plain_sphere(x, weight, bias, operator, k, eps, gain, window)
+
+
+def plain_sphere(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operator: str,
+    k: float | Tensor | None,
+    eps: float,
+    gain: Tensor | None,
+    window: dict,
+) -> Tensor:
+    """The response by plain operations, for compilers, transforms, and gradients of gradients; linear for (O, D)."""
+    if weight.dim() == 2:
+        cosine, out_type = linear_cosine_and_type(x, weight, eps)
+    else:
+        cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
+    return respond(cosine, operator, k, gain, bias, weight.shape[0], weight.dim() - 2).to(out_type)
+
+
+def common_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The type to compute in, or None where the plain operation has its own answer to unlike types."""
+    compute = type_of_product(x, weight)
+    return compute if x.dtype == weight.dtype or compute in (torch.float16, torch.bfloat16) else None
+
+
+def fused_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operator: str,
+    k: float | Tensor | None,
+    eps: float,
+    gain: Tensor | None,
+    window: dict,
+    compute: torch.dtype,
+) -> Tensor:
+    dims = weight.dim() - 2
+    stride, dilation = (list(per_axis(window[name], dims, name)) for name in ("stride", "dilation"))
+    pads = padding_at_both_ends(window["padding"], weight.shape[2:], stride, dilation)
+    mode = window["padding_mode"]
+    if any(before != after for before, after in pads) or (mode != "zeros" and any(map(any, pads))):
+        flat = [number for pair in reversed(pads) for number in pair]
+        x = F.pad(x, flat, mode="constant" if mode == "zeros" else mode)
+        pads = [(0, 0)] * dims
+    padding = [before for before, _ in pads]
+    return fused(x, weight, bias, operator, k, eps, gain, (stride, padding, dilation), window["groups"], compute)
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    operator: str,
+    k: float | Tensor | None,
+    eps: float,
+    gain: Tensor | None,
+    window: tuple[list[int], list[int], list[int]],
+    groups: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """One call of ``torch.ops.spherify.sphere_product``, after the checks that ``respond`` would make."""
+    for value, name in ((k, "k"), (gain, "gain"), (bias, "bias")):
+        if isinstance(value, Tensor):
+            per_filter(value, weight.shape[0], 0, name)
+    soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
+    return sphere_product(x, weight, bias, gain, soft, *window, groups, operator, number, eps, compute)[0]
 
 
 def sphere_conv1d(
@@ -220,7 +295,10 @@ def sphere_linear(
     Source: Liu et al. 2017, Deep Hyperspherical Learning, arXiv:1711.03189, eq. 1.
     """
     check_call(operator, k, eps)
-    if operator == "identity":
+    if operator == "identity" or asks_for_shapes(x):
         return F.linear(x, weight, bias)
-    cosine, out_type = linear_cosine_and_type(x, weight, eps)
-    return respond(cosine, operator, k, gain, bias, weight.shape[0], 0).to(out_type)
+    if takes(x, weight, bias, k, gain) and (compute := common_type(x, weight)) is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        out = fused(rows, weight, bias, operator, k, eps, gain, ([], [], []), 1, compute)
+        return out.view(*x.shape[:-1], weight.shape[0])
+    return plain_sphere(x, weight, bias, operator, k, eps, gain, {})

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import fx
 
-from spherify.graph.flow import ADD_NAMES, DROPPING_NAMES, REARRANGING_NAMES, Flow, is_batch_norm, name_of
+from spherify.graph.flow import (
+    ADD_NAMES,
+    DROPPING_NAMES,
+    REARRANGING_NAMES,
+    Flow,
+    is_batch_norm,
+    is_layer_call,
+    name_of,
+)
 
 MUL_NAMES = frozenset({"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply"})
 SQUASHING_NAMES = frozenset(
@@ -55,20 +63,46 @@ def gate_calls(flow: Flow) -> Iterator[fx.Node]:
     """Layer calls on the side of a multiplication that says how much of the other side passes.
 
     Of what the two factors have each for itself, one side alone has layers (squeeze-excite: the other side is what
-    they were computed from), or one side alone ends in a squashing function.
+    they were computed from), or one side alone ends in a squashing function. And nothing of a gate gets past the
+    multiplication: what else a recurrent cell is computed from is not a gate.
     """
     for product in flow.nodes:
-        sources = flow.sources(product)
-        if name_of(product) not in MUL_NAMES or len(sources) != 2:
+        if not is_product(flow, product):
             continue
+        sources = flow.sources(product)
         one, two = (flow.before(source) for source in sources)
         sides = [(one & ~two & flow.layer_calls, sources[0]), (two & ~one & flow.layer_calls, sources[1])]
         with_layers = [layers for layers, _ in sides if layers]
         squashed = [layers for layers, end in sides if ends_in_squash(end)]
         if len(with_layers) == 1:
-            yield from flow.select(with_layers[0])
+            yield from held_back(flow, with_layers[0])
         elif len(squashed) == 1:
-            yield from flow.select(squashed[0])
+            yield from held_back(flow, squashed[0])
+
+
+def is_product(flow: Flow, node: fx.Node) -> bool:
+    """A multiplication of two activations, element by element."""
+    return name_of(node) in MUL_NAMES and len(flow.sources(node)) == 2
+
+
+def held_back(flow: Flow, side: int) -> Iterator[fx.Node]:
+    """The layers of a side from which every way on meets a multiplication before a layer outside it or the output."""
+    layers = flow.select(side)
+    cone: set[fx.Node] = set(layers)
+    past: set[fx.Node] = set()
+    waiting = list(layers)
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if user.op == "output" or (is_layer_call(user) and not flow.has(side, user)):
+                past.add(node)
+            elif user not in cone and not is_product(flow, user):
+                cone.add(user)
+                waiting.append(user)
+    for node in sorted(cone, key=flow.index.__getitem__, reverse=True):
+        if any(user in past for user in node.users):
+            past.add(node)
+    return (layer for layer in layers if layer not in past)
 
 
 def ends_in_squash(node: fx.Node) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from spherify.errors import ModelError
+from spherify.graph.shapes import answer
 
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FILLS_ARGUMENT = frozenset({"__setitem__"})  # changes its first argument and returns nothing
@@ -140,9 +142,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], Tensor) and not args[0].is_inference() else None
         version = first._version if first is not None else None
-        output = func(*args, **kwargs)
-        if first is not None and output is first and first._version == version:
-            return output  # nothing was done, as by ``to`` with the type it has
+        output = answer(func, args, kwargs)
+        if output is None:
+            output = func(*args, **kwargs)
+            if first is not None and output is first and first._version == version:
+                return output  # nothing was done, as by ``to`` with the type it has
         made = list(tensors_in(output))
         name = getattr(func, "__name__", "")
         if made or name in FILLS_ARGUMENT:
@@ -223,12 +227,14 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def unchanged_random_state() -> Iterator[None]:
-    python_state = random.getstate()
+    """Of torch, Python and NumPy: models draw from all three."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def run(model: nn.Module, inputs: Inputs, training: bool, device: str) -> Recording:

@@ -119,9 +119,7 @@ def follower_paths(view: View, name: str) -> tuple[str | None, str | None]:
     norms: set[str | None] = set()
     activations: set[str | None] = set()
     for flow in view.flows:
-        for call in flow.select(flow.layer_calls):
-            if view.layer_of(call) != name:
-                continue
+        for call in view.calls[flow].get(name, ()):
             after = flow.consumers(call)
             norm = after[0] if len(after) == 1 and is_batch_norm(after[0]) else None
             norms.add(norm.meta["module"] if norm is not None else None)

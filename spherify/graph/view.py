@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx, nn
 
@@ -23,6 +24,18 @@ class View:
         weight = weight_node(node)
         owner = str(weight.target).rpartition(".")[0] if weight is not None and weight.op == "get_attr" else None
         return next((name for name in (node.meta.get("module"), owner) if name in self.modules), None)
+
+    @cached_property
+    def calls(self) -> Mapping[Flow, Mapping[str, list[fx.Node]]]:
+        """In each run, the conv and linear calls of each layer."""
+        found: dict[Flow, dict[str, list[fx.Node]]] = {}
+        for flow in self.flows:
+            of_layer = found.setdefault(flow, {})
+            for call in flow.select(flow.layer_calls):
+                name = self.layer_of(call)
+                if name is not None:
+                    of_layer.setdefault(name, []).append(call)
+        return found
 
     def layers_of(self, find: Callable[[Flow], Iterable[fx.Node]]) -> set[str]:
         """Names of the layers behind the calls that ``find`` yields, over all runs."""

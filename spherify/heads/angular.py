@@ -48,9 +48,11 @@ class AngularHead(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """How many class weights it has; without the channel of train mode."""
         return self.weight.shape[0]
 
     def unit_weight(self) -> Tensor:
+        """(M, ...): the class weights at length one, in float32 or wider."""
         wide = widened(self.weight)
         inverse_length = torch.rsqrt(wide.square().flatten(1).sum(1) + self.settings.eps)
         return wide * inverse_length.view(-1, *[1] * (wide.dim() - 1))
@@ -68,6 +70,7 @@ class AngularHead(nn.Module):
             return logits
 
     def take_settings(self, settings: HeadSettings) -> None:
+        """Make it the head that the settings describe. Raises OptionError where the layer cannot be one."""
         self.settings = settings
 
     def extra_repr(self) -> str:
@@ -115,6 +118,7 @@ class AngularLinear(AngularHead, nn.Linear):
         return -1
 
     def product_and_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., M) and (..., 1)."""
         norm = torch.sqrt(x.square().sum(-1, keepdim=True) + self.settings.eps)
         return F.linear(x, self.unit_weight()), norm
 
@@ -127,6 +131,7 @@ class AngularConv(AngularHead, _ConvNd):
         return 1 - self.weight.dim()
 
     def product_and_norm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, M, P, Q) and (N, 1, P, Q)."""
         dims = self.weight.dim() - 2
         is_unbatched = x.dim() == dims + 1
         x = x[None] if is_unbatched else x

@@ -166,6 +166,7 @@ class HeadSettings:
             raise OptionError(f"eps={self.eps!r} is no positive number; without it a feature of zeros has no angle.")
 
     def check_margin(self, kind: HeadKind) -> None:
+        """Raises OptionError for a margin out of range, or one that leaves no angle to read back."""
         entry = MARGINS[kind.margin]
         if not entry.low <= self.margin <= entry.high:
             if kind.margin == "none":
@@ -182,6 +183,7 @@ class HeadSettings:
 
     @property
     def has_margin(self) -> bool:
+        """Whether training differs from the margin-free cross-entropy."""
         return self.margin != MARGINS[HEAD_KINDS[self.kind].margin].neutral
 
     @property

@@ -90,7 +90,7 @@ class AngularLoss(nn.Module):
         """The loss of one output."""
         dim = 1 if logits.dim() > 1 else 0
         classes, has_norm = self.checked_width(logits, dim)
-        is_soft = target.is_floating_point()
+        is_soft = target.is_floating_point() and target.dim() == logits.dim()
         with_margin = self.acts_on(has_norm)
         if is_soft and (has_norm or with_margin):
             raise OptionError(
@@ -110,6 +110,7 @@ class AngularLoss(nn.Module):
         return self.cross_entropy(plain, target)
 
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Torch's, with the options of this criterion."""
         return F.cross_entropy(
             logits,
             target,
@@ -128,7 +129,8 @@ class AngularLoss(nn.Module):
         """The number of classes, and whether the channel with the feature's length follows them."""
         if logits.dim() == 0 or not logits.is_floating_point():
             raise OptionError(
-                f"logits of type {logits.dtype} and shape {tuple(logits.shape)}; give the model's output."
+                f"an output of type {logits.dtype} and shape {tuple(logits.shape)} holds no logits; "
+                "give what the model returns."
             )
         width = logits.shape[dim]
         if self.num_classes is None or width == self.num_classes:

@@ -17,6 +17,7 @@ from spherify.plan.selectors import matches
 
 ChangesAfter = Mapping[str, Sequence[Change]]  # name of a classifier -> what its logits go through (graph/after_heads)
 NOTHING: ChangesAfter = {}
+MOST_LISTED = 4  # of many classifiers, in one line
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def common_width(heads: Sequence[Site], wish: str, model: str) -> int:
         raise OptionError(f"{wish}: no classifier was found in {model}; give a model that ends in one, or head=keep.")
     widths = {site.name: site.shape[0] for site in heads}
     if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+        more = f" and {len(widths) - MOST_LISTED} more" if len(widths) > MOST_LISTED else ""
+        listed = ", ".join(f"{name} {width}" for name, width in [*widths.items()][:MOST_LISTED]) + more
         raise OptionError(
             f"{wish}: {model} predicts with layers of different widths ({listed}), so it is no classifier alone; "
             "use head=keep."

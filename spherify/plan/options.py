@@ -93,6 +93,7 @@ class Options:
         self.check_head()
 
     def check_head(self) -> None:
+        """Raises OptionError where the head's options do not go with the head or with each other."""
         if self.has_angular_head:
             self.head_settings(self.num_classes or 2)
             return
@@ -105,6 +106,7 @@ class Options:
 
     @property
     def has_angular_head(self) -> bool:
+        """Whether the classifier becomes a head of the table ``HEAD_KINDS``."""
         return self.head in HEAD_KINDS
 
     def head_settings(self, num_classes: int) -> HeadSettings:

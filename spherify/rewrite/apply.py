@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.heads.angular import AngularHead
 from spherify.heads.loss import HEADS_OF_MODEL
 from spherify.layers.angular import AngularLayer
+from spherify.layers.folded import Folded
 from spherify.layers.redirected import Redirected, redirected_class
 from spherify.layers.removed import Removed
 from spherify.plan.plan import Decision, Plan
@@ -20,6 +23,8 @@ from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
 MOST_NAMED = 3  # problems spelt out in one line
 REPLACED = "replaced"  # the rule of a layer that is another one than the plan's since the conversion
 CONVERSION = "spherify_conversion"  # attribute of a converted model: the plan that was carried out on it
+DEVICES_AGREE = 1e-12  # relative: each sums up in an order of its own, in float64
+CHECKSUM = "_spherify_checksum"  # attribute of a converted model: of its weights as they were then
 
 
 def misfits(model: nn.Module, plan: Plan) -> list[str]:
@@ -84,11 +89,31 @@ def apply_(model: nn.Module, plan: Plan) -> None:
     setattr(model, CONVERSION, replace(plan, carry_out=None))
     if plan.options.has_angular_head:
         setattr(model, HEADS_OF_MODEL, tuple(decision.site.name for decision in plan.decisions if was_head(decision)))
+    setattr(model, CHECKSUM, checksum(model))
 
 
 def was_head(decision: Decision) -> bool:
     """Whether a classifier is an angular head, or was one before it was replaced (``reset_classifier``)."""
     return decision.head is not None or (decision.rule == REPLACED and "@head" in decision.site.roles)
+
+
+def checksum(model: nn.Module) -> float:
+    """A number that changes with the weights and buffers; nan while they have no data."""
+    values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    if any(value.is_meta for value in values):
+        return math.nan
+    parts = [value.sum(dtype=torch.float64) + length_of(value) for value in values if not value.is_complex()]
+    return math.fsum(float(part) for part in parts)
+
+
+def length_of(value: Tensor) -> Tensor | float:
+    """In float64, without a copy of the weights."""
+    return torch.linalg.vector_norm(value, dtype=torch.float64) if value.is_floating_point() else 0.0
+
+
+def is_untouched(model: nn.Module) -> bool:
+    """The weights of a converted model are still those that it was converted with, on whatever device they are now."""
+    return math.isclose(model.__dict__.get(CHECKSUM, math.nan), checksum(model), rel_tol=DEVICES_AGREE)
 
 
 def undo_(model: nn.Module) -> int:
@@ -101,6 +126,10 @@ def undo_(model: nn.Module) -> int:
         RewriteError: something removed was not saved with the folder that the model was loaded from. Nothing is
             changed then.
     """
+    if any(isinstance(part, Folded) for part in model.modules()):
+        raise RewriteError(
+            f"{type(model).__name__} is folded: its plain weights are gone; take back the unfolded model."
+        )
     converted = [
         (name, part) for name, part in model.named_modules() if isinstance(part, AngularLayer) and hasattr(part, ORIGIN)
     ]
@@ -121,7 +150,7 @@ def undo_(model: nn.Module) -> int:
         swap_head_back_(head)
     for classifier in resized:
         resize_back_(model, classifier)
-    for mark in (CONVERSION, HEADS_OF_MODEL):
+    for mark in (CONVERSION, CHECKSUM, HEADS_OF_MODEL):
         model.__dict__.pop(mark, None)
     return len(converted) + len(heads) + len(resized) + len(removed)
 

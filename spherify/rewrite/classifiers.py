@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import timm.layers
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spherify.errors import RewriteError
 from spherify.heads.angular import AngularConv1d, AngularConv2d, AngularConv3d, AngularHead, AngularLinear
@@ -65,6 +65,20 @@ def swap_head_back_(module: AngularHead) -> None:
     module.__class__ = origin.source_type  # type: ignore[assignment]
 
 
+def biases_taken(model: nn.Module) -> dict[str, Tensor]:
+    """The biases that angular heads lost, by the path of the head: what a folder keeps so that undo can return them."""
+    heads = {name: part for name, part in model.named_modules() if isinstance(part, AngularHead)}
+    origins = {name: getattr(part, ORIGIN) for name, part in heads.items() if hasattr(part, ORIGIN)}
+    return {name: origin.dropped_bias for name, origin in origins.items() if origin.dropped_bias is not None}
+
+
+def take_biases_(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
+    """Have the heads keep these biases as what they lost, for undo."""
+    for name, bias in biases.items():
+        head = model.get_submodule(name)
+        setattr(head, ORIGIN, replace(getattr(head, ORIGIN), dropped_bias=nn.Parameter(bias)))
+
+
 @dataclass(frozen=True)
 class Resized:
     """What a classifier was before it got another size.
@@ -108,7 +122,7 @@ def resize_back_(model: nn.Module, module: nn.Module) -> None:
     """Undo ``resize_``: the old class weights, on the device and in the type of the new ones."""
     resized: Resized = module.__dict__.pop(RESIZED)
     like = module.weight
-    assert isinstance(like, torch.Tensor)
+    assert isinstance(like, Tensor)
     module.weight, module.bias = resized.weight, resized.bias  # type: ignore[assignment]
     for parameter in (resized.weight, resized.bias):
         if parameter is not None:

@@ -298,3 +298,17 @@ def test_the_slow_twin_would_be_caught_by_the_recorder(groups, filters):
     with Recorder() as recorder:
         reference.sphere_conv(x, weight, groups=groups, padding=1)
     assert max(tensor.numel() for tensor in recorder.made) > max(x.numel() * 2, 3 * filters * 56)
+
+
+@pytest.mark.parametrize("operator", ["cosine", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_without_data_has_the_shape_and_type_of_one_with_data(operator, dtype):
+    x, weight, k = torch.rand(2, 4, 9, 9, dtype=dtype), torch.rand(6, 2, 3, 3, dtype=dtype), 0.3
+    window = dict(stride=2, padding=1, groups=2, operator=operator, k=k if operator == "sigmoid" else None)
+    with torch.no_grad():
+        out = sphere_conv2d(x, weight, **window)
+        hollow = sphere_conv2d(x.to("meta"), weight.to("meta"), **window)
+    trained = sphere_conv2d(x.to("meta"), weight.to("meta").requires_grad_(), **window)
+    assert (hollow.shape, hollow.dtype) == (trained.shape, trained.dtype) == (out.shape, out.dtype)
+    assert hollow.grad_fn is None
+    assert trained.grad_fn is not None

@@ -112,3 +112,29 @@ def test_the_half_of_a_gated_linear_unit_that_ends_in_a_sigmoid_is_a_gate():
 def test_the_layers_that_run_in_train_mode_alone_are_auxiliary():
     model = torchvision_model("googlenet", init_weights=False, aux_logits=True)
     assert names_with("@aux", model, image(2, 3, 64, 64)) == matching(r"^aux\d", model)
+
+
+class RecurrentCell(nn.Module):
+    """A gated update, run twice, of a state by what an encoder and a correlation say (as in RAFT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = nn.Conv2d(3, 4, 3, padding=1)
+        self.encoder = nn.Conv2d(3, 4, 3, padding=1)
+        self.motion = nn.Conv2d(8, 4, 3, padding=1)
+        self.update = nn.Conv2d(8, 4, 3, padding=1)
+        self.candidate = nn.Conv2d(8, 4, 3, padding=1)
+        self.flow = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        h, e, f = torch.tanh(self.state(x)), self.encoder(x), 0
+        for _ in range(2):
+            m = self.motion(torch.cat([e, e + f], 1))
+            z = torch.sigmoid(self.update(torch.cat([h, m], 1)))
+            h = (1 - z) * h + z * torch.tanh(self.candidate(torch.cat([h, m], 1)))
+            f = self.flow(h)
+        return f
+
+
+def test_what_a_recurrent_cell_is_computed_from_is_no_gate():
+    assert names_with("@gate", RecurrentCell(), torch.rand(1, 3, 8, 8)) == {"update"}

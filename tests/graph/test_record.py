@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,12 +130,16 @@ def test_no_meta_tensor_and_no_grad_is_left_behind():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_random_state_of_torch_and_python_is_untouched():
-    model = FromFunction(lambda self, x: self.fc(F.dropout(x * random.random())), fc=nn.Linear(4, 2))
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
+def test_the_random_state_of_torch_python_and_numpy_is_untouched():
+    def forward(self, x):
+        return self.fc(F.dropout(x * random.random() * np.random.rand()))
+
+    model = FromFunction(forward, fc=nn.Linear(4, 2))
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     record(model, Inputs((torch.empty(2, 4, device="meta"),)), training=True, devices=("cpu",))
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert random.getstate() == python_state
+    assert np.random.get_state()[2] == numpy_state[2]  # the position in the sequence
 
 
 def test_the_input_given_is_not_written_into():

@@ -78,3 +78,17 @@ def test_a_configuration_that_names_no_layer_is_passed_over():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.pretrained_cfg = {"input_size": (3, 48, 48), "first_conv": "no.such.layer"}
     assert shapes(model)[0] == (BATCH, 3, 48, 48)
+
+
+def test_a_model_of_two_images_is_given_two():
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, first, second, rounds=2):
+            return self.conv(first) - self.conv(second)
+
+    inputs = next(candidate_inputs(Flow()))
+    assert [tuple(image.shape) for image in inputs] == [(BATCH, 3, 224, 224)] * 2
+    assert inputs[0] is not inputs[1]

@@ -33,6 +33,15 @@ WRONG = {
     "k not positive": (dict(operator="learnable", k=0), r"^k=0 is out of range; choose a number in \[0\.001, 1000\]"),
     "k_shared": (dict(k_shared="world"), r"^k_shared 'world' is unknown; choose one of: filter, layer, network\.$"),
     "head": (dict(head="soft"), r"^head 'soft' is unknown; choose one of: keep, convert"),
+    "margin without a head": (
+        dict(margin=4),
+        r"^margin=4 goes with an angular head, and head='keep'; choose head from:",
+    ),
+    "scale of ga-softmax": (dict(head="ga-softmax", scale=3), r"^head 'ga-softmax' has no scale\.$"),
+    "operator of a-softmax": (
+        dict(head="a-softmax", head_operator="linear"),
+        r"^head_operator 'linear' does not go with",
+    ),
     "norm": (dict(norm="drop"), r"^norm 'drop' is unknown; choose one of: keep, remove\.$"),
     "activation": (dict(activation="relu"), r"^activation 'relu' is unknown; choose one of: keep, remove\.$"),
     "gain": (dict(gain="yes"), r"^gain 'yes' is unknown; choose one of: auto, none, learned\.$"),
@@ -50,6 +59,14 @@ WRONG = {
 def test_a_wrong_value_is_refused_with_what_is_allowed(options, message):
     with pytest.raises(OptionError, match=message):
         Options(**options)
+
+
+def test_the_head_is_described_by_its_own_options():
+    options = Options(operator="sigmoid", k=0.2, head="ga-softmax", head_operator="sigmoid", head_k=0.7, eps=1e-3)
+    settings = options.head_settings(10)
+    assert (settings.k, settings.margin, settings.scale, settings.eps) == (0.7, 4.0, None, 1e-3)
+    assert Options(head="s-softmax").head_settings(10).scale == 7.0
+    assert not Options(head="softmax").has_angular_head
 
 
 def test_every_choice_is_accepted():

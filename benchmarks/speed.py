@@ -1,0 +1,248 @@
+"""The speed suite: ``python -m benchmarks.speed`` writes JSON under results/, and ``--report`` the docs' table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from benchmarks.peers import as_peer
+from spherify.bench.compare import Settings, compare_forms, machine, number_of_threads
+from spherify.bench.timing import interleaved
+from spherify.convert import plan
+from spherify.export.atomic import replace_file
+from spherify.layers.conv import SphereConv2d
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+DOCS = HERE.parent / "docs"
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+OPERATORS = ("cosine", "linear", "sigmoid", "learnable")
+
+
+def cnn9() -> nn.Module:
+    """The paper's CNN-9 for 32 pixels: three times three convolutions of 64, 96, 128 filters."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in (64, 96, 128):
+        for _ in range(3):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            before = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.Linear(256, 10))
+
+
+MODELS = {
+    "cnn9": cnn9,
+    "resnet18": lambda: timm.create_model("resnet18"),
+    "resnet50": lambda: timm.create_model("resnet50"),
+    "convnext_tiny": lambda: timm.create_model("convnext_tiny"),
+    "vit_small": lambda: timm.create_model("vit_small_patch16_224", dynamic_img_size=True),
+    "mobilenetv2": lambda: timm.create_model("mobilenetv2_100"),
+}
+ON_CPU = {  # batch, pixels
+    "cnn9": (16, 32),
+    "resnet18": (8, 112),
+    "resnet50": (4, 96),
+    "convnext_tiny": (4, 96),
+    "vit_small": (4, 96),
+    "mobilenetv2": (8, 96),
+}
+ON_CUDA = {
+    "cnn9": (512, 32),
+    "resnet18": (256, 224),
+    "resnet50": (128, 224),
+    "convnext_tiny": (64, 224),
+    "vit_small": (128, 224),
+    "mobilenetv2": (128, 224),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, the forms measured side by side, and how."""
+
+    model: str
+    operators: tuple[str, ...]
+    peers: tuple[str, ...]
+    settings: Settings
+
+
+def cases(device: str, repeats: int) -> Iterator[Case]:
+    if device == "cuda":
+        common = dict(device="cuda", dtype="bfloat16", channels_last=True, warmup=3, repeats=repeats, calls=4)
+        for name, (batch, size) in ON_CUDA.items():
+            settings = Settings(batch=batch, size=size, **common)  # type: ignore[arg-type]
+            peers = ("authors", "im2col", "b-cos") if name == "resnet18" else ()
+            yield Case(name, OPERATORS if name == "resnet18" else ("cosine", "sigmoid"), peers, settings)
+        for name in ("resnet18", "resnet50", "convnext_tiny", "vit_small", "cnn9"):
+            batch, size = ON_CUDA[name]
+            yield Case(name, ("cosine",), (), Settings(batch=batch, size=size, compiled=True, **common))  # type: ignore[arg-type]
+        return
+    for name, (batch, size) in ON_CPU.items():
+        peers = ("authors", "im2col", "b-cos") if name in ("cnn9", "resnet18") else ()
+        yield Case(name, OPERATORS, peers, Settings(batch=batch, size=size, threads=1, repeats=repeats))
+    for name in ("cnn9", "resnet18"):
+        batch, size = ON_CPU[name]
+        yield Case(name, ("cosine",), (), Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True))
+
+
+def run(case: Case) -> dict[str, Any]:
+    torch.manual_seed(0)
+    plain = MODELS[case.model]()
+    x = torch.randn(2, 3, case.settings.size or 224, case.settings.size or 224)
+    forms = {operator: plan(plain, operator=operator, example_input=x).apply() for operator in case.operators}
+    forms |= {name: as_peer(plain, name) for name in case.peers}
+    rows = compare_forms(plain, forms, case.settings)
+    return {"model": case.model, "settings": asdict(case.settings), "rows": [row.to_dict() for row in rows]}
+
+
+def sweep(repeats: int) -> list[dict[str, Any]]:
+    """Training steps of one 3x3 layer with four times the batch, pixels or channels, plain and angular."""
+    start = dict(batch=4, pixels=16, channels=32)
+    rows = []
+    for axis, value in start.items():
+        for factor in (1, 2, 4):
+            shape = {**start, axis: value * factor}
+            x = torch.randn(shape["batch"], shape["channels"], shape["pixels"], 16)
+            conv = nn.Conv2d(shape["channels"], 64, 3, padding=1, bias=False)
+            layers = {"plain": conv, "cosine": SphereConv2d.from_conv(conv, operator="cosine")}
+            timing = interleaved({name: training_step(layer, x) for name, layer in layers.items()}, repeats=repeats)
+            for name, found in timing.items():
+                rows.append({"axis": axis, "factor": factor, "form": name, "least_ms": found.least * 1e3})
+    return rows
+
+
+def training_step(layer: nn.Module, x: torch.Tensor) -> Any:
+    leaf = x.clone().requires_grad_()
+
+    def step() -> None:
+        leaf.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(leaf).square().mean().backward()
+
+    return step
+
+
+def measure(device: str, repeats: int, minutes: float, only: list[str], out: Path) -> None:
+    """Every case, written after each; no new one is begun when the time is up."""
+    end = time.monotonic() + 60 * minutes
+    found: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    with number_of_threads(1 if device == "cpu" else None):
+        found["machine"] = {**machine(), "timm": timm.__version__}
+        found["cases"], found["left_out"] = [], []
+        if device == "cpu" and not only:
+            found["sweep"] = sweep(repeats)
+        for case in cases(device, repeats):
+            name = f"{case.model}{' compiled' if case.settings.compiled else ''}"
+            if only and name not in only:
+                continue
+            if time.monotonic() > end:
+                found["left_out"].append(name)
+                continue
+            print(name, flush=True)
+            try:
+                found["cases"].append(run(case))
+            except Exception as error:  # one model that fails must not cost the others' figures
+                found["left_out"].append(f"{name}: {type(error).__name__}: {error}")
+            replace_file(out, (json.dumps(found, indent=1) + "\n").encode())
+    print(f"wrote {out}; left out: {found['left_out'] or 'nothing'}")
+
+
+def tables(paths: list[Path]) -> str:
+    """Markdown of every results file."""
+    parts = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        here = found["machine"]
+        parts.append(
+            f"`{path.name}`: {here['gpu'] or here['processor']}, {here['threads']} thread(s), torch {here['torch']}, "
+            f"timm {here['timm']}, {found['date'][:10]}. Median of paired ratios (ratio of the least times)."
+        )
+        parts.append("| model | form | train | memory | infer | folded |\n|---|---|--:|--:|--:|--:|")
+        lines = [line for case in found["cases"] for line in lines_of(case)]
+        parts[-1] += "\n" + "\n".join(lines)
+        if found["left_out"]:
+            parts.append(f"Not measured: {'; '.join(found['left_out'])}.")
+    return "\n\n".join(parts)
+
+
+def lines_of(case: dict[str, Any]) -> Iterator[str]:
+    rows = {(row["phase"], row["form"]): row for row in case["rows"]}
+    settings = case["settings"]
+    how = f"{settings['batch']} x {settings['size']} px{', compiled' if settings['compiled'] else ''}"
+    for form in dict.fromkeys(form for _, form in rows if not form.endswith("folded")):
+        if form == "plain":
+            continue
+        train, infer = rows.get(("train", form)), rows.get(("infer", form))
+        folded = rows.get(("infer", f"{form} folded"))
+        memory = f"{train['memory_ratio']:.2f}" if train else ""
+        yield f"| {case['model']}, {how} | {form} | {ratio(train)} | {memory} | {ratio(infer)} | {ratio(folded)} |"
+
+
+def ratio(row: dict[str, Any] | None) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_of_least']:.2f})" if row else ""
+
+
+def plot(paths: list[Path], out: Path) -> None:
+    """Training ratios of every model and operator as bars."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "spherify"  # the same bytes from the same figures
+    import matplotlib.pyplot as plt
+
+    cases_found = [case for path in paths for case in json.loads(path.read_text())["cases"]]
+    labels = [f"{case['model']}{' (compiled)' if case['settings']['compiled'] else ''}" for case in cases_found]
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    for offset, operator in enumerate(OPERATORS):
+        heights = [
+            next((row["ratio"] for row in case["rows"] if (row["phase"], row["form"]) == ("train", operator)), 0.0)
+            for case in cases_found
+        ]
+        axes.bar([place + 0.2 * offset for place in range(len(labels))], heights, 0.19, label=operator)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks([place + 0.3 for place in range(len(labels))], labels, fontsize=8)
+    axes.set_ylabel("training step, ratio to plain")
+    axes.set_ylim(0.8, None)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, metadata={"Date": None})
+
+
+def report(paths: list[Path], page: Path) -> None:
+    """Put tables and plot between the marks of the page."""
+    text = page.read_text()
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    plot(paths, page.with_suffix(".svg"))
+    body = f"{BEGIN}\n\n{tables(paths)}\n\n![Training step relative to the plain network](speed.svg)\n\n{END}"
+    replace_file(page, (before + body + after).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin no new case after this time")
+    parser.add_argument("--only", nargs="*", default=[], help="names such as resnet18 or 'resnet18 compiled'")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--report", action="store_true", help="write docs/speed.md from the results that are there")
+    given = parser.parse_args()
+    if given.report:
+        report(sorted(RESULTS.glob("speed-*.json")), DOCS / "speed.md")
+        return
+    measure(given.device, given.repeats, given.minutes, given.only, given.out or RESULTS / f"speed-{given.device}.json")
+
+
+if __name__ == "__main__":
+    main()

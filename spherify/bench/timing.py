@@ -1,0 +1,81 @@
+"""Timing of several things side by side: A B C A B C, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step, over all repeats in the order in which they ran."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The first and the third quartile."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    def ratio_to(self, other: Timing) -> float:
+        """Median over the repeats of this step's time to the other's in the same round."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
+    def ratio_of_least(self, other: Timing) -> float:
+        return self.least / other.least
+
+
+def interleaved(
+    steps: Mapping[str, Step], *, repeats: int, warmup: int = 2, device: str = "cpu", calls: int = 1
+) -> dict[str, Timing]:
+    """Time every step once a round, for ``repeats`` rounds; the order turns by one from round to round.
+
+    Args:
+        warmup: rounds before that are not counted; the compiler and the memory pools settle in them.
+        device: on ``cuda`` a step is timed by events on its stream, else by the clock.
+        calls: how often a step runs within one measurement.
+    """
+    measure = seconds_on_cuda if device == "cuda" else seconds_by_the_clock
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(-warmup, repeats):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds = measure(steps[name], calls)
+            if number >= 0:
+                found[name].append(seconds)
+    return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
+
+
+def seconds_by_the_clock(step: Step, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def seconds_on_cuda(step: Step, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls

@@ -1,0 +1,1 @@
+"""Keeping what the donor knows: statistics, closed-form transplantation, reconstruction, annealing."""

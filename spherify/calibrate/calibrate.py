@@ -1,0 +1,154 @@
+"""``calibrate``: the public function, its checks, and the order of the work."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spherify.calibrate.images import collected
+from spherify.calibrate.pair import Pair
+from spherify.calibrate.reconstruct import Schedule, reconstruct_
+from spherify.calibrate.report import IMAGES_COMPARED, Report, distances, joined, layer_fits
+from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
+from spherify.calibrate.transplant import Settings, transplant_
+from spherify.errors import ModelError, OptionError
+from spherify.layers.angular import AngularLayer
+from spherify.rewrite.apply import conversion_of, is_untouched, undo_
+
+BATCH_TO_OPTIMISE = 25
+METHODS = ("statistics", "transplant", "reconstruct")
+
+Progress = Callable[[str], None]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    method: str = "transplant",
+    *,
+    donor: nn.Module | None = None,
+    images: int | None = None,
+    refit_kept: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Bring a converted network near its donor again, without labels; the model is changed in place.
+
+    - ``statistics``: BatchNorm statistics from the images; gains and biases with which every channel of a layer
+      without a BatchNorm has the donor's mean and spread. Needs no donor where BatchNorms follow all layers.
+    - ``transplant``: layer by layer the filters whose angular answers are nearest to the donor's, by least squares.
+    - ``reconstruct``: the transplant, then a short optimisation block by block.
+
+    Every module's mode and flags are as before afterwards; on an error the weights are too.
+
+    Args:
+        model: what ``spherify`` returned.
+        batches: of input tensors (N, ...) or of (inputs, targets); targets are not looked at.
+        method: statistics, transplant, reconstruct.
+        donor: the network before its conversion. Without it, it is taken from ``model`` itself as long as nothing has
+            changed its weights since the conversion.
+        images: use so many at most.
+        refit_kept: fit plain layers behind converted ones too, the classifier among them.
+        seed: of the positions and images drawn.
+        progress: called with the name of each layer before it is worked on.
+
+    Returns:
+        A report that prints as a table, has ``to_dict()`` and ``save_picture(path)``.
+
+    Raises:
+        OptionError: unknown method, too few images, of several sizes, or not finite.
+        ModelError: the donor is needed and cannot be had, or the model does not run on the images.
+        RewriteError: ``model`` was not converted, or ``donor`` is another network.
+    """
+    if method not in METHODS:
+        raise OptionError(f"calibration method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
+    conversion_of(model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    parts = collected(batches, images, device)
+    started = time.perf_counter()
+    needs_donor = method != "statistics" or has_gains(model)
+    if donor is None and (needs_donor or is_untouched(model)):
+        donor = donor_of(model)
+    with unharmed(model):
+        layers, logits, notes = (), None, []
+        before = compared(model, donor, parts) if donor is not None else None
+        carry_out(model, donor, parts, method, Settings(seed=seed, refits_kept=refit_kept), progress or (lambda name: None))
+        if donor is not None and before is not None:
+            layers, logits = layer_fits(before, compared(model, donor, parts))
+    count = sum(len(part) for part in parts)
+    seconds = time.perf_counter() - started
+    return Report(method=method, images=count, seconds=seconds, layers=layers, logits=logits, notes=joined(notes))
+
+
+def carry_out(
+    model: nn.Module, donor: nn.Module | None, parts: list[Tensor], method: str, settings: Settings, progress: Progress
+) -> None:
+    if method == "statistics":
+        if donor is not None and has_gains(model):
+            match_statistics_(Pair(model, donor, parts, half=is_large(parts)), progress)
+        elif norms_of(model):
+            average_norms_(model, parts)
+        return
+    assert donor is not None
+    transplant_(Pair(model, donor, parts, half=is_large(parts)), settings, progress)
+    if method == "reconstruct":
+        batches = [batch for part in parts for batch in part.split(BATCH_TO_OPTIMISE)]
+        reconstruct_(Pair(model, donor, batches, half=is_large(parts)), Schedule(seed=settings.seed), progress)
+
+
+def has_gains(model: nn.Module) -> bool:
+    return any(isinstance(part, AngularLayer) and part.gain is not None for part in model.modules())
+
+
+def is_large(parts: Sequence[Tensor]) -> bool:
+    """Values between layers are held in float16."""
+    return sum(part.numel() for part in parts) > 20_000_000
+
+
+def donor_of(model: nn.Module) -> nn.Module:
+    """The donor inside a model that is as it was converted.
+
+    Raises:
+        ModelError: its weights have changed since, or it was loaded from a folder.
+    """
+    if not is_untouched(model):
+        raise ModelError(
+            "the donor is needed: this model's weights are not those it was converted with (or it was loaded from a "
+            "folder); pass donor=..., the network before its conversion."
+        )
+    donor = copy.deepcopy(model)
+    undo_(donor)
+    return donor.eval()
+
+
+def compared(model: nn.Module, donor: nn.Module, parts: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
+    """Distances of all converted layers over the first images."""
+    first: list[Tensor] = []
+    for part in parts:
+        if sum(map(len, first)) < IMAGES_COMPARED:
+            first.append(part)
+    return distances(Pair(model, donor, first, half=False))
+
+
+@contextlib.contextmanager
+def unharmed(model: nn.Module) -> Iterator[None]:
+    """Modes of all modules as before afterwards; on an error, weights and buffers too."""
+    modes = [(module, module.training) for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name in state:
+                    value.copy_(state[name])
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,174 @@
+"""What a calibration did: per layer, how near its outputs are to the donor's, as a table, as data, as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spherify.calibrate.pair import Pair, angular_call
+from spherify.calibrate.parts import parts_of
+from spherify.errors import SpherifyError
+
+IMAGES_COMPARED = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFit:
+    """One converted layer.
+
+    Attributes:
+        name: its path.
+        error_before, error: ``|student - donor| / |donor|`` of its outputs, behind a BatchNorm that follows.
+        cosine_before, cosine: between the student's and the donor's outputs, all positions as one vector.
+    """
+
+    name: str
+    error_before: float
+    cosine_before: float
+    error: float
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a calibration did. Prints as a table.
+
+    Attributes:
+        method: statistics, transplant, reconstruct.
+        images: how many it saw.
+        seconds: how long it took.
+        layers: converted layers in graph order; empty without a donor.
+        logits: the same figures for the network's output, else None.
+        notes: what the user should know.
+        accuracy: top-1 in percent, by stage (donor, swapped, calibrated), where labels were given.
+    """
+
+    method: str
+    images: int
+    seconds: float
+    layers: tuple[LayerFit, ...] = ()
+    logits: LayerFit | None = None
+    notes: tuple[str, ...] = ()
+    accuracy: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON."""
+        return {**asdict(self), "notes": list(self.notes), "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=100).print(self.table())
+        return text.getvalue().rstrip()
+
+    def table(self) -> Any:
+        """As rich prints it."""
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for heading in ("layer", "error before", "after", "cosine before", "after"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for row in (*self.layers, *([self.logits] if self.logits else [])):
+            table.add_row(
+                row.name, f"{row.error_before:.3f}", f"{row.error:.3f}", f"{row.cosine_before:.4f}", f"{row.cosine:.4f}"
+            )
+        lines = [f"{self.method}: {self.images} images, {self.seconds:.1f} s", *self.notes]
+        if self.accuracy:
+            lines.append("top-1: " + ", ".join(f"{stage} {value:.2f} %" for stage, value in self.accuracy.items()))
+        return Group(table, *lines) if self.layers else Group(*lines)
+
+    def save_picture(self, path: str | Path) -> Path:
+        """Write a bar chart of the errors, before and after, to a PNG, SVG or PDF file.
+
+        Raises:
+            SpherifyError: matplotlib is not installed, or there is nothing to draw.
+        """
+        if not self.layers:
+            raise SpherifyError("there are no layers to draw: the calibration had no donor to compare with.")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise SpherifyError("a picture needs matplotlib; install spherify[plot].") from None
+        figure = Figure(figsize=(8, 1.2 + 0.18 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        places = range(len(self.layers))
+        names = [layer.name for layer in self.layers]
+        axes.barh([place + 0.2 for place in places], [layer.error_before for layer in self.layers], 0.4, label="before")
+        axes.barh([place - 0.2 for place in places], [layer.error for layer in self.layers], 0.4, label="after")
+        axes.set_yticks(list(places), names, fontsize=6)
+        axes.invert_yaxis()
+        axes.set_xlim(0, min(2.0, max(layer.error_before for layer in self.layers) * 1.05))
+        axes.set_xlabel("relative error of the output against the donor")
+        axes.set_title(f"{self.method}, {self.images} images")
+        axes.legend()
+        figure.savefig(str(path))
+        return Path(path)
+
+
+@torch.no_grad()
+def distances(pair: Pair) -> dict[str, tuple[float, float]]:
+    """Relative error and cosine of each converted layer's outputs, and of the network's under ""."""
+    student, donor = pair.student, pair.donor
+    parts = parts_of(student.recorded, kept=False)
+    places: dict[str, list[int]] = {}
+    for part in parts:
+        for call in part.calls:
+            student.overrides[call] = angular_call(part, student.recorded.nodes[call].target)
+        places.setdefault(part.name, []).extend(part.answers)
+    places[""] = student.recorded.outputs
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in places}
+    student.want([len(student.recorded.nodes) - 1])
+    donor.want([len(donor.recorded.nodes) - 1])
+    for name, positions in places.items():
+        for position in positions:
+            add_products(sums[name], pair, position)
+    return {name: (relative_error(total), cosine(total)) for name, total in sums.items()}
+
+
+def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
+    """Add <s, s>, <s, d> and <d, d> of the student's and the donor's values."""
+    mine: list[torch.Tensor] = []
+    pair.student.advance([position], lambda number, values: mine.append(values[0].double().cpu()))
+
+    def visit(number: int, values: list[torch.Tensor]) -> None:
+        theirs, own = values[0].double().cpu(), mine[number]
+        total.add_(torch.stack([(own * own).sum(), (own * theirs).sum(), (theirs * theirs).sum()]))
+
+    pair.donor.advance([pair.twin[position]], visit)
+
+
+def relative_error(total: torch.Tensor) -> float:
+    own, mixed, theirs = total.tolist()
+    return float(max(own - 2 * mixed + theirs, 0.0) ** 0.5 / max(theirs, 1e-30) ** 0.5)
+
+
+def cosine(total: torch.Tensor) -> float:
+    own, mixed, theirs = total.tolist()
+    return float(mixed / max(own * theirs, 1e-60) ** 0.5)
+
+
+def layer_fits(
+    before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]
+) -> tuple[tuple[LayerFit, ...], LayerFit]:
+    rows = [
+        LayerFit(
+            name=name or "(output)",
+            error_before=before[name][0],
+            cosine_before=before[name][1],
+            error=error,
+            cosine=near,
+        )
+        for name, (error, near) in after.items()
+    ]
+    return tuple(rows[:-1]), rows[-1]
+
+
+def joined(notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(notes))

@@ -1,0 +1,192 @@
+"""SphereConv for inference: filters made ready beforehand, patch norms shared by layers that read one tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spherify.functional.blocks import blocks, energy_of, grouped
+from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.fused import patch_inverse_norm, takes
+from spherify.functional.responses import angle_from_equator
+
+
+class SharedNorms:
+    """The norms of the last tensor that was asked about, for layers known to read the very same one.
+
+    It holds the tensor weakly and knows it by identity and by its version, so that a change in place is seen. What
+    it has found is not copied, pickled or compiled: a compiler sees for itself what is computed twice.
+    """
+
+    def __init__(self) -> None:
+        self.found: tuple[Any, int, dict[Any, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"found": None}
+
+    def get(self, x: Tensor, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        version = 0 if x.is_inference() else x._version
+        found = self.found
+        if found is None or found[0]() is not x or found[1] != version:
+            found = (weakref.ref(x), version, {})
+            self.found = found
+        if key not in found[2]:
+            found[2][key] = compute()
+        return found[2][key]
+
+
+def inverse_norms(
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    pads: list[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+    power: float,
+    shared: SharedNorms | None,
+) -> Tensor:
+    """``power`` / |patch|, (N, G, P, Q)."""
+    is_eager = takes(x)
+
+    def energy() -> Tensor:
+        return energy_of(x, groups) if is_eager and not needs_graph(x) else patch_energy(x, groups)
+
+    def inverse() -> Tensor:
+        if shared is None and is_eager and not needs_graph(x) and all(before == after for before, after in pads):
+            padding = [before for before, _ in pads]
+            return patch_inverse_norm(x, window, list(stride), padding, list(dilation), groups, eps).mul_(power)
+        found = shared.get(x, groups, energy) if shared is not None and is_eager else energy()
+        if any(map(any, pads)):
+            found = F.pad(found, [number for pair in reversed(pads) for number in pair])
+        return torch.rsqrt(box_sum(found, window, stride, dilation) + eps) * power
+
+    if shared is None or not is_eager or needs_graph(x):
+        return inverse()
+    return shared.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
+
+
+def needs_graph(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def folded_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    *,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    padding_mode: str,
+    operator: str,
+    steepness: float | Tensor | None,
+    eps: float,
+    power: float,
+    shared: SharedNorms | None,
+) -> Tensor:
+    """``scale g(theta) + bias`` with ``weight`` holding unit filters over ``power``; for the cosine, times the scale.
+
+    Args:
+        x: (N, C, H, W).
+        steepness: 1 / 2k of sigmoid and learnable: a number, or (O,) numbers.
+        The others are as in ``sphere_conv2d``.
+
+    Returns:
+        (N, O, P, Q), in the type of the plain convolution.
+    """
+    dims = weight.dim() - 2
+    is_unbatched = x.dim() == dims + 1
+    x = x[None] if is_unbatched else x
+    window = weight.shape[2:]
+    stride, dilation = per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation")
+    pads = padding_at_both_ends(padding, window, stride, dilation)
+    if padding_mode != "zeros" and any(map(any, pads)):
+        x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
+        pads, padding = [(0, 0)] * dims, 0
+    inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
+    product = CONVOLUTIONS[dims](x, weight, None, stride, padding, dilation, groups)
+    out = finish(product, inverse, operator, steepness, scale, bias)
+    return out[0] if is_unbatched else out
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    *,
+    operator: str,
+    steepness: float | Tensor | None,
+    eps: float,
+    power: float,
+    shared: SharedNorms | None,
+) -> Tensor:
+    """``folded_conv`` for (..., D) and (O, D)."""
+
+    def inverse() -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if takes(x) and not needs_graph(x):
+            length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+            return length.square_().add_(eps).rsqrt_().mul_(power)
+        return torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
+
+    found = (
+        shared.get(x, (eps, power), inverse) if shared is not None and takes(x) and not needs_graph(x) else inverse()
+    )
+    product = F.linear(x, weight)
+    rows = finish(product.reshape(-1, weight.shape[0]), found.reshape(-1, 1), operator, steepness, scale, bias)
+    return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def finish(
+    product: Tensor,
+    inverse: Tensor,
+    operator: str,
+    steepness: float | Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """What is left after the product, in place where nobody looks."""
+    dims = product.dim() - 2
+    scale, bias = by_filter(scale, inverse.dtype, dims), by_filter(bias, inverse.dtype, dims)
+    steep = by_filter(steepness, inverse.dtype, dims) if isinstance(steepness, Tensor) else steepness
+    if not takes(product) or product.requires_grad or product.dtype != inverse.dtype:
+        cosine = (grouped(product, inverse.shape[1]) * inverse.unsqueeze(2)).flatten(1, 2)
+        return responded(cosine, operator, steep, scale, bias).to(product.dtype)
+    groups = inverse.shape[1]
+    for block in blocks(product):
+        part = product[block]
+        grouped(part, groups).mul_(inverse[block].unsqueeze(2))
+        if operator != "cosine":
+            guard = 1.0 - torch.finfo(part.dtype).eps
+            part.clamp_(-guard, guard).asin_()
+            if steep is not None:  # 2 sigmoid(2x) - 1 is tanh(x) to 6e-8, at a fifth of its time on the CPU
+                part.mul_(steep * 2.0).sigmoid_().mul_(2.0).sub_(1.0)
+        if scale is not None:
+            part.mul_(scale)
+        if bias is not None:
+            part.add_(bias)
+    return product
+
+
+def by_filter(value: Tensor | None, dtype: torch.dtype, dims: int) -> Tensor | None:
+    return None if value is None else value.to(dtype).view(-1, *[1] * dims)
+
+
+def responded(
+    cosine: Tensor, operator: str, steep: float | Tensor | None, scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    out = cosine
+    if operator != "cosine":
+        out = angle_from_equator(cosine)
+        out = out if steep is None else torch.tanh(out * steep)
+    out = out if scale is None else out * scale
+    return out if bias is None else out + bias

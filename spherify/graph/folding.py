@@ -1,0 +1,69 @@
+"""What may be folded: BatchNorms that alone read a layer's output, and layers that read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spherify.graph.flow import input_node, is_batch_norm, is_layer_call
+from spherify.graph.record import Recording
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """Data only: it is written with a folded model, and replayed when it is loaded.
+
+    Attributes:
+        norms: for each layer that takes its BatchNorm in, the norm's path.
+        shared: groups of layers that read one tensor, and so share its norms.
+    """
+
+    norms: dict[str, str] = field(default_factory=dict)
+    shared: tuple[tuple[str, ...], ...] = ()
+
+    def to_record(self) -> dict[str, Any]:
+        return {"norms": dict(self.norms), "shared": [list(group) for group in self.shared]}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> FoldPlan:
+        return cls(dict(record["norms"]), tuple(tuple(group) for group in record["shared"]))
+
+
+def plan_fold(model: nn.Module, recording: Recording, is_layer: Callable[[nn.Module], bool]) -> FoldPlan:
+    """What can be folded in a recorded run in eval mode.
+
+    Args:
+        is_layer: whether a module is one of the layers that can take a norm in, or share norms.
+    """
+    layers = {path: module for path, module in model.named_modules() if is_layer(module)}
+    norms: dict[str, str] = {}
+    readers: dict[fx.Node, list[str]] = {}
+    for node in recording.graph.nodes:
+        path = node.meta.get("module")
+        if not is_layer_call(node) or path not in layers:
+            continue
+        source = input_node(node)
+        if source is not None and path not in readers.setdefault(source, []):
+            readers[source].append(path)
+        if recording.calls.get(path) == 1 and (norm := norm_behind(model, node, recording)) is not None:
+            norms[path] = norm
+    return FoldPlan(norms, tuple(tuple(paths) for paths in readers.values() if len(paths) > 1))
+
+
+def norm_behind(model: nn.Module, node: fx.Node, recording: Recording) -> str | None:
+    """Path of the BatchNorm that reads a layer's output, if nobody else does and it reads nothing else."""
+    users = list(node.users)
+    if len(users) != 1 or not is_batch_norm(users[0]) or input_node(users[0]) is not node:
+        return None
+    path = str(users[0].meta.get("module"))
+    norm = model.get_submodule(path)
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or recording.calls.get(path) != 1:
+        return None
+    is_plain = type(norm).__module__.startswith("torch.nn.") or "act" in norm._modules
+    is_channel = len(node.meta["shape"]) == 2 or "conv" in getattr(node.target, "__name__", "")
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks)
+    return path if is_plain and is_channel and not any(hooks) else None
