@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class Report:
         axes.barh([place - 0.2 for place in places], [layer.error for layer in self.layers], 0.4, label="after")
         axes.set_yticks(list(places), names, fontsize=6)
         axes.invert_yaxis()
-        axes.set_xlim(0, min(2.0, max(layer.error_before for layer in self.layers) * 1.05))
+        axes.set_xlim(0, min(2.0, max([0.1, *(layer.error_before for layer in self.layers if layer.error_before >= 0)]) * 1.05))
         axes.set_xlabel("relative error of the output against the donor")
         axes.set_title(f"{self.method}, {self.images} images")
         axes.legend()
@@ -145,13 +146,14 @@ def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
 
 
 def relative_error(total: torch.Tensor) -> float:
+    """nan where the donor answers 0 alone, as behind a norm whose weights are 0."""
     own, mixed, theirs = total.tolist()
-    return float(max(own - 2 * mixed + theirs, 0.0) ** 0.5 / max(theirs, 1e-30) ** 0.5)
+    return math.sqrt(max(own - 2 * mixed + theirs, 0.0) / theirs) if theirs > 1e-30 else math.nan
 
 
 def cosine(total: torch.Tensor) -> float:
     own, mixed, theirs = total.tolist()
-    return float(mixed / max(own * theirs, 1e-60) ** 0.5)
+    return mixed / math.sqrt(own * theirs) if own * theirs > 1e-60 else math.nan
 
 
 def layer_fits(

@@ -29,8 +29,8 @@ class Settings:
     """
 
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-    rounds: int = 5
-    rows: int = 100_000
+    rounds: int = 3
+    rows: int = 40_000
     corrects_sums: bool = True
     refits_kept: bool = True
     bends: int = 2
