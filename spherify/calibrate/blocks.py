@@ -44,9 +44,7 @@ def blocks_of(recorded: Recorded, parts: list[Part]) -> list[Block]:
     A cut counts where a layer takes its input, so that a block ends behind its activation.
     """
     calls = {call: part for part in parts for call in part.calls}
-    inputs = {
-        recorded.position[source] for call in calls for source in recorded.flow.sources(recorded.nodes[call])
-    }
+    inputs = {recorded.position[source] for call in calls for source in recorded.flow.sources(recorded.nodes[call])}
     end = recorded.outputs[0] if recorded.outputs else len(recorded.nodes) - 1
     ends = [cut for cut in cuts_of(recorded) if cut in inputs and cut > 0]
     blocks, start = [], 0

@@ -98,9 +98,7 @@ def fit_outputs_(pair: Pair, schedule: Schedule, generator: torch.Generator) -> 
         return F.kl_div(answer.log_softmax(1), targets[number].log_softmax(1), reduction="batchmean", log_target=True)
 
     every = Block(0, output, tuple(steps), tuple(parts_of(run, kept=True)))
-    optimise_(
-        parameters_of(pair, every), loss_of, len(targets), schedule.final_passes, schedule.final_rate, generator
-    )
+    optimise_(parameters_of(pair, every), loss_of, len(targets), schedule.final_passes, schedule.final_rate, generator)
 
 
 def parameters_of(pair: Pair, block: Block) -> list[nn.Parameter]:
@@ -137,7 +135,9 @@ def optimise_(
             parameter.grad = None
         optimiser = torch.optim.Adam(groups)
         total = max(1, passes * seen)
-        falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / total))
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / total)
+        )
         best, kept = mean_loss(loss_of, held), [parameter.detach().clone() for parameter in parameters]
         for _ in range(passes):
             for number in torch.randperm(seen, generator=generator).tolist():

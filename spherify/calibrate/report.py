@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,9 @@ class Report:
         axes.barh([place - 0.2 for place in places], [layer.error for layer in self.layers], 0.4, label="after")
         axes.set_yticks(list(places), names, fontsize=6)
         axes.invert_yaxis()
-        axes.set_xlim(0, min(2.0, max([0.1, *(layer.error_before for layer in self.layers if layer.error_before >= 0)]) * 1.05))
+        axes.set_xlim(
+            0, min(2.0, max([0.1, *(layer.error_before for layer in self.layers if layer.error_before >= 0)]) * 1.05)
+        )
         axes.set_xlabel("relative error of the output against the donor")
         axes.set_title(f"{self.method}, {self.images} images")
         axes.legend()
@@ -170,7 +171,3 @@ def layer_fits(
         for name, (error, near) in after.items()
     ]
     return tuple(rows[:-1]), rows[-1]
-
-
-def joined(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes))
