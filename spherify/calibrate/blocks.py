@@ -27,7 +27,7 @@ class Block:
 
 def cuts_of(recorded: Recorded) -> list[int]:
     """Positions whose value alone is needed by everything after them, in order; the input and the output are such."""
-    order = list(bits(recorded.activations))
+    order = [position for position in bits(recorded.activations) if recorded.nodes[position].op != "output"]
     last_use = {position: max(recorded.users[position], default=position) for position in order}
     cuts, reach = [], -1
     for index, position in enumerate(order):

@@ -57,8 +57,10 @@ class Report:
     accuracy: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON."""
-        return {**asdict(self), "notes": list(self.notes), "layers": [asdict(layer) for layer in self.layers]}
+        """Plain numbers and lists, for JSON; None where there is no number."""
+        rows = [without_nan(asdict(layer)) for layer in self.layers]
+        logits = None if self.logits is None else without_nan(asdict(self.logits))
+        return {**asdict(self), "notes": list(self.notes), "layers": rows, "logits": logits}
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -144,6 +146,10 @@ def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
         total.add_(torch.stack([(own * own).sum(), (own * theirs).sum(), (theirs * theirs).sum()]))
 
     pair.donor.advance([pair.twin[position]], visit)
+
+
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value != value else value for key, value in row.items()}
 
 
 def relative_error(total: torch.Tensor) -> float:
