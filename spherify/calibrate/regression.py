@@ -12,6 +12,7 @@ from spherify.errors import SpherifyError
 
 ROWS_AT_ONCE = 8192
 LEAST_RIDGE = 1e-6
+WIDE = 2000  # inputs; beyond, a factorisation takes seconds, and every other ridge is tried
 HELD_OUT = 0.2  # of the rows, to choose the ridge by
 
 
@@ -126,6 +127,7 @@ def chosen_equations(samples: Samples, prior: Tensor, ridges: Sequence[float], *
     kept = count - max(1, int(HELD_OUT * count))
     if len(ridges) == 1 or kept < 2:
         return Equations(rows, ridges[0], centred)
+    ridges = ridges[1::2] if rows.shape[2] > WIDE and len(ridges) > 3 else ridges
     equations = Equations(rows[:, :kept], ridges[0], centred)
     held, truth = rows[:, kept:], targets[:, kept:]
     errors = []

@@ -149,7 +149,7 @@ def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if value != value else value for key, value in row.items()}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
 def relative_error(total: torch.Tensor) -> float:
