@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.parts import Part
 from spherify.layers.angular import AngularLayer
@@ -53,17 +54,16 @@ def write_gain_(part: Part, scale: Tensor) -> None:
         module.gain.data[part.rows] = scale.to(module.gain)
 
 
-def write_norm_(norm: nn.Module, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> None:
+def write_norm_(norm: _BatchNorm, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor) -> None:
     """A BatchNorm that answers ``scale * z + shift``, with the true statistics of z where it has affine weights."""
-    eps = float(norm.eps)  # type: ignore[arg-type]
-    has_statistics = norm.running_mean is not None
-    if norm.weight is not None:
+    eps, running_mean, running_var = norm.eps, norm.running_mean, norm.running_var
+    if norm.affine:
         norm.weight.data.copy_(scale * (variance + eps).sqrt())
-        norm.bias.data.copy_(shift + scale * mean)  # type: ignore[union-attr,operator]
-        if has_statistics:
-            norm.running_mean.copy_(mean)  # type: ignore[operator]
-            norm.running_var.copy_(variance)  # type: ignore[operator,union-attr]
-    elif has_statistics:
+        norm.bias.data.copy_(shift + scale * mean)
+        if running_mean is not None and running_var is not None:
+            running_mean.copy_(mean)
+            running_var.copy_(variance)
+    elif running_mean is not None and running_var is not None:
         factor = scale.abs().clamp_min(1e-6)
-        norm.running_mean.copy_(-shift / factor)  # type: ignore[operator]
-        norm.running_var.copy_((1.0 / factor.square() - eps).clamp_min(0.0))  # type: ignore[operator,union-attr]
+        running_mean.copy_(-shift / factor)
+        running_var.copy_((1.0 / factor.square() - eps).clamp_min(0.0))

@@ -27,7 +27,7 @@ class Block:
 
 def cuts_of(recorded: Recorded) -> list[int]:
     """Positions whose value alone is needed by everything after them, in order; the input and the output are such."""
-    order = list(bits(recorded.activations))
+    order = [position for position in bits(recorded.activations) if recorded.nodes[position].op != "output"]
     last_use = {position: max(recorded.users[position], default=position) for position in order}
     cuts, reach = [], -1
     for index, position in enumerate(order):
@@ -44,9 +44,7 @@ def blocks_of(recorded: Recorded, parts: list[Part]) -> list[Block]:
     A cut counts where a layer takes its input, so that a block ends behind its activation.
     """
     calls = {call: part for part in parts for call in part.calls}
-    inputs = {
-        recorded.position[source] for call in calls for source in recorded.flow.sources(recorded.nodes[call])
-    }
+    inputs = {recorded.position[source] for call in calls for source in recorded.flow.sources(recorded.nodes[call])}
     end = recorded.outputs[0] if recorded.outputs else len(recorded.nodes) - 1
     ends = [cut for cut in cuts_of(recorded) if cut in inputs and cut > 0]
     blocks, start = [], 0

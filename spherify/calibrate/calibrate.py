@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spherify.calibrate.images import collected
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.reconstruct import Schedule, reconstruct_
-from spherify.calibrate.report import IMAGES_COMPARED, Report, distances, joined, layer_fits
+from spherify.calibrate.report import IMAGES_COMPARED, LayerFit, Report, distances, layer_fits
 from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
 from spherify.calibrate.transplant import Settings, transplant_
 from spherify.errors import ModelError, OptionError
@@ -22,6 +22,7 @@ from spherify.layers.angular import AngularLayer
 from spherify.rewrite.apply import conversion_of, is_untouched, undo_
 
 BATCH_TO_OPTIMISE = 25
+FEW_IMAGES = 100
 METHODS = ("statistics", "transplant", "reconstruct")
 
 Progress = Callable[[str], None]
@@ -76,14 +77,17 @@ def calibrate(
     if donor is None and (needs_donor or is_untouched(model)):
         donor = donor_of(model)
     with unharmed(model):
-        layers, logits, notes = (), None, []
+        layers: tuple[LayerFit, ...] = ()
+        logits: LayerFit | None = None
         before = compared(model, donor, parts) if donor is not None else None
-        carry_out(model, donor, parts, method, Settings(seed=seed, refits_kept=refit_kept), progress or (lambda name: None))
+        carry_out(
+            model, donor, parts, method, Settings(seed=seed, refits_kept=refit_kept), progress or (lambda name: None)
+        )
         if donor is not None and before is not None:
             layers, logits = layer_fits(before, compared(model, donor, parts))
     count = sum(len(part) for part in parts)
     seconds = time.perf_counter() - started
-    return Report(method=method, images=count, seconds=seconds, layers=layers, logits=logits, notes=joined(notes))
+    return Report(method=method, images=count, seconds=seconds, layers=layers, logits=logits, notes=notes_on(parts))
 
 
 def carry_out(
@@ -100,6 +104,12 @@ def carry_out(
     if method == "reconstruct":
         batches = [batch for part in parts for batch in part.split(BATCH_TO_OPTIMISE)]
         reconstruct_(Pair(model, donor, batches, half=is_large(parts)), Schedule(seed=settings.seed), progress)
+
+
+def notes_on(parts: Sequence[Tensor]) -> tuple[str, ...]:
+    count = sum(len(part) for part in parts)
+    few = f"{count} images are few for a least-squares fit; give {FEW_IMAGES} or more for what the method can do."
+    return (few,) if count < FEW_IMAGES else ()
 
 
 def has_gains(model: nn.Module) -> bool:

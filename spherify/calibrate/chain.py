@@ -43,7 +43,7 @@ def sum_after(recorded: Recorded, position: int) -> tuple[int, int] | None:
 
 
 def scales_a_summand(node: fx.Node) -> bool:
-    return node.kwargs.get("alpha", 1) != 1
+    return bool(node.kwargs.get("alpha", 1) != 1)
 
 
 def bounds_after(recorded: Recorded, position: int) -> tuple[float | None, float | None]:
@@ -59,7 +59,7 @@ def bounds_of(node: fx.Node) -> tuple[float | None, float | None]:
     if name in RELU6_NAMES:
         return 0.0, 6.0
     if name in HARDTANH_NAMES:
-        values = [*node.args[1:3], node.kwargs.get("min_val", -1.0), node.kwargs.get("max_val", 1.0)]
-        low, high = values[:2]
+        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min_val", -1.0)
+        high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max_val", 1.0)
         return float(low), float(high)  # type: ignore[arg-type]
     return None, None

@@ -58,7 +58,9 @@ def as_recordable(donor: nn.Module, model: nn.Module) -> nn.Module:
     """
     plan = conversion_of(model)
     plain = [
-        replace(decision, has_gain=False, adds_bias=False, drops_bias=False) if decision.action == "convert" else decision
+        replace(decision, has_gain=False, adds_bias=False, drops_bias=False)
+        if decision.action == "convert"
+        else decision
         for decision in plan.decisions
     ]
     options = Options(operator="identity")

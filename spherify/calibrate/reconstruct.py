@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,10 @@ class Schedule:
         seed: of the order of the batches.
     """
 
-    passes: int = 10
-    final_passes: int = 10
-    rate: float = 0.02
-    final_rate: float = 0.005
+    passes: int = 4
+    final_passes: int = 4
+    rate: float = 0.003
+    final_rate: float = 0.0007
     seed: int = 0
 
 
@@ -98,9 +98,7 @@ def fit_outputs_(pair: Pair, schedule: Schedule, generator: torch.Generator) -> 
         return F.kl_div(answer.log_softmax(1), targets[number].log_softmax(1), reduction="batchmean", log_target=True)
 
     every = Block(0, output, tuple(steps), tuple(parts_of(run, kept=True)))
-    optimise_(
-        parameters_of(pair, every), loss_of, len(targets), schedule.final_passes, schedule.final_rate, generator
-    )
+    optimise_(parameters_of(pair, every), loss_of, len(targets), schedule.final_passes, schedule.final_rate, generator)
 
 
 def parameters_of(pair: Pair, block: Block) -> list[nn.Parameter]:
@@ -120,35 +118,51 @@ def optimise_(
     rate: float,
     generator: torch.Generator,
 ) -> None:
-    """Adam with a rate that falls to zero along a cosine; flags and gradients are as before afterwards.
+    """Adam with a rate that falls to zero along a cosine; what is best on held-out batches stays.
+
+    Flags and gradients are as before afterwards.
 
     Raises:
         SpherifyError: the loss is not finite.
     """
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     groups = [{"params": [p], "lr": rate * max(float(p.detach().square().mean().sqrt()), 1e-3)} for p in parameters]
+    seen = max(1, batches - max(1, batches // 5))
+    held = range(seen if seen < batches else 0, batches)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
         optimiser = torch.optim.Adam(groups)
-        total = max(1, passes * batches)
-        falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / total))
-        with torch.enable_grad():
-            for number in shuffled(batches, passes, generator):
-                loss = loss_of(number)
-                if not torch.isfinite(loss):
-                    raise SpherifyError("the reconstruction's loss is not finite; check the calibration images.")
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+        total = max(1, passes * seen)
+        falling = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / total)
+        )
+        best, kept = mean_loss(loss_of, held), [parameter.detach().clone() for parameter in parameters]
+        for _ in range(passes):
+            for number in torch.randperm(seen, generator=generator).tolist():
+                descend_(optimiser, loss_of(number))
                 falling.step()
+            now = mean_loss(loss_of, held)
+            if now < best:
+                best, kept = now, [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
     finally:
         for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
 
 
-def shuffled(batches: int, passes: int, generator: torch.Generator) -> Iterator[int]:
-    for _ in range(passes):
-        yield from torch.randperm(batches, generator=generator).tolist()
+@torch.no_grad()
+def mean_loss(loss_of: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
+    return sum(float(loss_of(number)) for number in numbers) / len(numbers)
+
+
+def descend_(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    if not torch.isfinite(loss):
+        raise SpherifyError("the reconstruction's loss is not finite; check the calibration images.")
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()

@@ -30,8 +30,8 @@ def as_plain(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for layer, (layer.operator, layer.fixed_k, layer.k_logit) in zip(layers, states, strict=True):
-            pass
+        for layer, state in zip(layers, states, strict=True):
+            layer.operator, layer.fixed_k, layer.k_logit = state
         for module, mode in modes:
             module.training = mode
 

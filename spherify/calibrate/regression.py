@@ -12,6 +12,7 @@ from spherify.errors import SpherifyError
 
 ROWS_AT_ONCE = 8192
 LEAST_RIDGE = 1e-6
+WIDE = 2000  # inputs; beyond, a factorisation takes seconds, and every other ridge is tried
 HELD_OUT = 0.2  # of the rows, to choose the ridge by
 
 
@@ -67,20 +68,23 @@ class Equations:
         rows: (G, R, D).
         ridge: relative to the mean square of a centred input.
         centred: fit an offset too.
+        products: (G, D, D) sums of products of the rows, where they are known.
     """
 
-    def __init__(self, rows: Tensor, ridge: float, centred: bool) -> None:
+    def __init__(self, rows: Tensor, ridge: float, centred: bool, *, products: Tensor | None = None) -> None:
         self.rows, self.centred = rows, centred
         count = rows.shape[1]
         self.mean = rows.new_zeros(rows.shape[::2], dtype=torch.double)
         if centred:
             self.mean = rows.mean(1, dtype=torch.float64)
-        self.gram = self.products(rows, rows) - count * self.mean[:, :, None] * self.mean[:, None]
+        self.raw = self.products(rows, rows) if products is None else products
+        self.gram = self.raw - count * self.mean[:, :, None] * self.mean[:, None]
         self.size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
         self.factorise(ridge)
 
     def factorise(self, ridge: float) -> None:
         """Raises SpherifyError where the rows are not finite."""
+        self.chosen = ridge
         while ridge < 1e12:  # with fewer rows than inputs, rounding may call for a larger ridge than was asked for
             gram = self.gram.clone()
             self.ridge = ridge * self.size
@@ -113,20 +117,25 @@ class Equations:
         return Line(weight.to(rows.dtype), offset.to(rows.dtype))
 
 
-def best_ridge(samples: Samples, prior: Tensor, ridges: Sequence[float], *, centred: bool) -> float:
-    """The ridge whose map, fitted to the first rows, errs least on the last ones, which are of other images."""
-    count = samples.rows.shape[1]
+def chosen_equations(samples: Samples, prior: Tensor, ridges: Sequence[float], *, centred: bool) -> Equations:
+    """The equations of all rows, with the ridge whose map, fitted to the first, errs least on the last of them.
+
+    Rows are in the order of the images, so that the last ones are of other images.
+    """
+    rows, targets = samples.rows, samples.targets
+    count = rows.shape[1]
     kept = count - max(1, int(HELD_OUT * count))
     if len(ridges) == 1 or kept < 2:
-        return ridges[0]
-    rows, targets = samples.rows[:, :kept].contiguous(), samples.targets[:, :kept].contiguous()
-    held, truth = samples.rows[:, kept:], samples.targets[:, kept:]
-    equations = Equations(rows, ridges[0], centred)
+        return Equations(rows, ridges[0], centred)
+    ridges = ridges[1::2] if rows.shape[2] > WIDE and len(ridges) > 3 else ridges
+    equations = Equations(rows[:, :kept], ridges[0], centred)
+    held, truth = rows[:, kept:], targets[:, kept:]
     errors = []
     for ridge in ridges:
         equations.factorise(ridge)
-        errors.append(float((equations.solve(targets, prior)(held) - truth).square().mean()))
-    return ridges[errors.index(min(errors))]
+        errors.append(float((equations.solve(targets[:, :kept], prior)(held) - truth).square().mean()))
+    best = ridges[errors.index(min(errors))]
+    return Equations(rows, best, centred, products=equations.raw + Equations.products(held, held))
 
 
 def fitted(
@@ -137,8 +146,7 @@ def fitted(
     One-sided targets are moved to the answers where the activation is flat, and the map is solved again, ``rounds``
     times; each round lowers the one-sided error (it minimises an upper bound that touches it).
     """
-    ridge = best_ridge(samples, prior, ridges, centred=centred)
-    equations = Equations(samples.rows, ridge, centred)
+    equations = chosen_equations(samples, prior, ridges, centred=centred)
     targets = samples.targets
     line = equations.solve(targets, prior)
     for _ in range(rounds if samples.is_one_sided else 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,10 @@ class Report:
     accuracy: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON."""
-        return {**asdict(self), "notes": list(self.notes), "layers": [asdict(layer) for layer in self.layers]}
+        """Plain numbers and lists, for JSON; None where there is no number."""
+        rows = [without_nan(asdict(layer)) for layer in self.layers]
+        logits = None if self.logits is None else without_nan(asdict(self.logits))
+        return {**asdict(self), "notes": list(self.notes), "layers": rows, "logits": logits}
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -104,7 +106,9 @@ class Report:
         axes.barh([place - 0.2 for place in places], [layer.error for layer in self.layers], 0.4, label="after")
         axes.set_yticks(list(places), names, fontsize=6)
         axes.invert_yaxis()
-        axes.set_xlim(0, min(2.0, max(layer.error_before for layer in self.layers) * 1.05))
+        axes.set_xlim(
+            0, min(2.0, max([0.1, *(layer.error_before for layer in self.layers if layer.error_before >= 0)]) * 1.05)
+        )
         axes.set_xlabel("relative error of the output against the donor")
         axes.set_title(f"{self.method}, {self.images} images")
         axes.legend()
@@ -144,14 +148,19 @@ def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
     pair.donor.advance([pair.twin[position]], visit)
 
 
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
 def relative_error(total: torch.Tensor) -> float:
+    """nan where the donor answers 0 alone, as behind a norm whose weights are 0."""
     own, mixed, theirs = total.tolist()
-    return float(max(own - 2 * mixed + theirs, 0.0) ** 0.5 / max(theirs, 1e-30) ** 0.5)
+    return math.sqrt(max(own - 2 * mixed + theirs, 0.0) / theirs) if theirs > 1e-30 else math.nan
 
 
 def cosine(total: torch.Tensor) -> float:
     own, mixed, theirs = total.tolist()
-    return float(mixed / max(own * theirs, 1e-60) ** 0.5)
+    return mixed / math.sqrt(own * theirs) if own * theirs > 1e-60 else math.nan
 
 
 def layer_fits(
@@ -168,7 +177,3 @@ def layer_fits(
         for name, (error, near) in after.items()
     ]
     return tuple(rows[:-1]), rows[-1]
-
-
-def joined(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes))

@@ -38,7 +38,7 @@ def norms_of(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def average_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """BatchNorm statistics anew, all in one pass; needs no donor and no graph. The modes are the caller's to restore."""
+    """BatchNorm statistics anew, all in one pass, without donor or graph. The modes are the caller's to restore."""
     model.eval()
     with averaging(norms_of(model)):
         for batch in batches:
@@ -49,7 +49,7 @@ def average_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
 def match_statistics_(pair: Pair, progress: Callable[[str], None] = lambda name: None) -> None:
     """In graph order: each BatchNorm gets its input's statistics, each gain and bias the donor's mean and spread."""
     run = pair.student.recorded
-    parts = [part for part in parts_of(run, kept=False)]
+    parts = parts_of(run, kept=False)
     for part in parts:
         for call in part.calls:
             pair.student.overrides[call] = angular_call(part, run.nodes[call].target)
@@ -57,12 +57,12 @@ def match_statistics_(pair: Pair, progress: Callable[[str], None] = lambda name:
     stations += [(position, None) for position, node in enumerate(run.nodes) if is_batch_norm(node)]
     pair.student.want([len(run.nodes) - 1])
     pair.donor.want([len(pair.donor.recorded.nodes) - 1])
-    for position, part in sorted(stations, key=lambda station: station[0]):
+    for position, owner in sorted(stations, key=lambda station: station[0]):
         progress(run.path(position))
-        if part is None:
+        if owner is None:
             match_norm_(pair.student, position)
         else:
-            match_gain_(pair, part)
+            match_gain_(pair, owner)
 
 
 class Moments:

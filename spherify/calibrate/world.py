@@ -52,8 +52,7 @@ class World:
             stack += [
                 source
                 for node in self.recorded.nodes[position].all_input_nodes
-                if self.recorded.is_activation(source := self.recorded.position[node])
-                and not self.done >> source & 1
+                if self.recorded.is_activation(source := self.recorded.position[node]) and not self.done >> source & 1
             ]
         return list(bits(todo))
 

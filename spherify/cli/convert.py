@@ -50,7 +50,8 @@ def convert(
         Path | None, typer.Option(help="Start from this file: .safetensors, .pth, .th.", metavar="FILE")
     ] = None,
     calibrate: Annotated[
-        str | None, typer.Option(help="Calibrate with these images: cifar10, ..., a folder, a file.npz.", metavar="DATA")
+        str | None,
+        typer.Option(help="Calibrate with these images: cifar10, ..., a folder, a file.npz.", metavar="DATA"),
     ] = None,
     calibration: Annotated[str, typer.Option(help="statistics, transplant, reconstruct.")] = "transplant",
     calibration_images: Annotated[int, typer.Option(help="How many of them.")] = 500,

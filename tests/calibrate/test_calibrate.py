@@ -1,4 +1,4 @@
-"""The public function: what it changes, what it leaves, what it refuses, and that outputs come nearer to the donor's."""
+"""The public function: what it achieves, what it leaves as it was, what it refuses."""
 
 import copy
 

@@ -45,4 +45,5 @@ def test_unit_rows_have_length_one_and_zero_rows_stay_zero():
 def test_a_sample_has_no_position_twice_and_none_out_of_range(count, wanted):
     drawn = sampled(count, wanted, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert len(drawn.unique()) == len(drawn) == min(count, wanted)
-    assert 0 <= drawn.min() and drawn.max() < count
+    assert drawn.min() >= 0
+    assert drawn.max() < count

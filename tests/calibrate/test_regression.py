@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spherify.calibrate.regression import Equations, Samples, best_ridge, fitted, scale_and_shift
+from spherify.calibrate.regression import Equations, Samples, chosen_equations, fitted, scale_and_shift
 
 
 def random(*shape, seed=0):
@@ -74,5 +74,5 @@ def test_scale_and_shift_recover_a_line():
 def test_the_ridge_is_chosen_by_what_was_held_out():
     rows, prior = random(1, 60, 50), torch.zeros(1, 1, 50).double()
     signal = rows[:, :, :1] * 1.0
-    assert best_ridge(Samples(rows, signal), signal.new_zeros(1, 1, 50), (1e-4, 1e3), centred=True) == 1e-4
-    assert best_ridge(Samples(rows, random(1, 60, 1, seed=5)), prior, (1e-4, 1e3), centred=True) == 1e3
+    assert chosen_equations(Samples(rows, signal), signal.new_zeros(1, 1, 50), (1e-4, 1e3), centred=True).chosen == 1e-4
+    assert chosen_equations(Samples(rows, random(1, 60, 1, seed=5)), prior, (1e-4, 1e3), centred=True).chosen == 1e3

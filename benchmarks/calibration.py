@@ -1,0 +1,208 @@
+"""What calibration keeps of real pretrained networks: ``python -m benchmarks.calibration cifar --depth 20``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from timm.models.efficientnet import _gen_mobilenet_v1
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from spherify.calibrate.anneal import Annealing
+from spherify.calibrate.calibrate import calibrate
+from spherify.convert import spherify
+from spherify.data.sources import open_data
+from spherify.models.checkpoint import load_checkpoint_
+
+DATA = Path(os.environ.get("SPHERIFY_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data")
+CIFAR_FILES = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 44: "resnet44-014dd654.th"}
+MOBILENETS = {0.25: ("mobilenetv1_025_128.pth", 128), 0.5: ("mobilenetv1_050_160.pth", 160)}
+
+
+class Shortcut(nn.Module):
+    """Option A of He et al. 2016: every second pixel, and zeros for the new channels."""
+
+    def __init__(self, added: int) -> None:
+        super().__init__()
+        self.added = added
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added // 2))
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, filters: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(filters)
+        self.shortcut = nn.Identity() if stride == 1 else Shortcut(filters - channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """The networks of akamaster/pytorch_resnet_cifar10."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        count = (depth - 2) // 6
+        stages = []
+        for channels, filters, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
+            rest = [Block(filters, filters, 1) for _ in range(count - 1)]
+            stages.append(nn.Sequential(Block(channels, filters, stride), *rest))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(out.mean((2, 3)))
+
+
+def folded(model: CifarResNet) -> CifarResNet:
+    """The same function without BatchNorms."""
+    model = copy.deepcopy(model)
+    for owner in [model, *(block for block in model.modules() if isinstance(block, Block))]:
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2")):
+            if isinstance(getattr(owner, norm, None), nn.BatchNorm2d):
+                setattr(owner, conv, fuse_conv_bn_eval(getattr(owner, conv), getattr(owner, norm)))
+                setattr(owner, norm, nn.Identity())
+    return model
+
+
+def cifar(split: str, name: str = "cifar10-lossless-4k1k.npz") -> tuple[Tensor, Tensor]:
+    images = open_data(str(DATA / "cifar10" / name)).split(split)
+    pixels = np.stack([np.asarray(images[index][0]) for index in range(len(images))])
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (torch.from_numpy(pixels).float() / 255 - mean) / deviation
+    return x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(images.labels)
+
+
+def imagenet(side: int) -> tuple[Tensor, Tensor]:
+    """Scaled to side / 0.875, the middle cut out, in [-1, 1]."""
+    split = open_data(str(DATA / "imagenet" / "imagenet-sample1000-256px-q90.npz")).train
+    scaled, pictures = round(side / 0.875), []
+    edge = (scaled - side) // 2
+    for index in range(len(split)):
+        image = split[index][0].resize((scaled, scaled), PIL.Image.Resampling.BICUBIC)
+        pictures.append(np.asarray(image.crop((edge, edge, edge + side, edge + side))))
+    x = torch.from_numpy(np.stack(pictures)).float() / 127.5 - 1
+    return x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(split.labels)
+
+
+@torch.no_grad()
+def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    model.eval()
+    right = [model(part).argmax(1) for part in images.split(100)]
+    return 100 * torch.cat(right).eq(labels).float().mean().item()
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    exclude: list[str] = []
+    if arguments.network == "cifar":
+        donor: nn.Module = CifarResNet(arguments.depth)
+        load_checkpoint_(donor, DATA / "cifar10" / CIFAR_FILES[arguments.depth])
+        donor = folded(donor.eval()) if arguments.folded else donor.eval()
+        seen, test = cifar("train")[0][: arguments.images], cifar("test")
+    else:
+        file, side = MOBILENETS[arguments.width]
+        donor = _gen_mobilenet_v1("mobilenetv1_100", arguments.width, fix_stem_head=False, pad_type="same").eval()
+        load_checkpoint_(donor, DATA / "imagenet" / file)
+        images, labels = imagenet(side)
+        seen, test = images[:500], (images[500:], labels[500:])
+        exclude = [] if arguments.all_convs else ["@depthwise"]
+    exclude += arguments.exclude
+    model = spherify(donor, operator=arguments.operator, k=arguments.k, exclude=exclude, example_input=seen[:2])
+    truth, swapped = top1(donor, *test), top1(model, *test)
+    started = time.perf_counter()
+    calibrate(model, seen, arguments.method, donor=donor, refit_kept=not arguments.no_refit)
+    seconds = time.perf_counter() - started
+    kept = top1(model, *test)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    name = f"{arguments.network} {arguments.depth if arguments.network == 'cifar' else arguments.width}"
+    print(
+        f"{name}{' folded' if arguments.folded else ''} {arguments.operator} {arguments.method}: donor {truth:.1f}, "
+        f"swapped {swapped:.1f}, calibrated {kept:.1f} = {100 * kept / truth:.1f} % of the donor; "
+        f"{seconds:.0f} s, {peak:.1f} GB",
+        flush=True,
+    )
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """CIFAR ResNet-20 on the JPEG images: the same steps of SGD from four starts."""
+    images, labels = cifar("train", "cifar10-jpegpack.npz")
+    test = tuple(part[:2000] for part in cifar("test", "cifar10-jpegpack.npz"))
+    donor = CifarResNet(20).eval()
+    load_checkpoint_(donor, DATA / "cifar10" / CIFAR_FILES[20])
+    print(f"donor {top1(donor, *test):.2f}", flush=True)
+    for start in arguments.starts:
+        torch.manual_seed(0)
+        model = spherify(CifarResNet(20) if start == "scratch" else donor, example_input=images[:2])
+        if start in ("statistics", "transplant"):
+            calibrate(model, images[:1000], start, donor=donor)
+        first = top1(model, *test)
+        train(model, images, labels, arguments.steps, 0.1 if start == "scratch" else 0.02, start)
+        print(f"{start}: {first:.2f} -> {top1(model, *test):.2f} after {arguments.steps} steps", flush=True)
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float, start: str) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    order = torch.randperm(len(images))
+    model.train()
+
+    def step(number: int) -> None:
+        chosen = order[torch.arange(number * 128, number * 128 + 128) % len(order)]
+        batch = images[chosen]
+        batch = batch.flip(3) if number % 2 else batch
+        optimiser.zero_grad()
+        F.cross_entropy(model(batch), labels[chosen]).backward()
+        optimiser.step()
+        falling.step()
+
+    if start in ("annealed", "progressive"):
+        with Annealing(model, schedule="together" if start == "annealed" else "progressive") as annealing:
+            for number in range(steps):
+                annealing.on_step(number, steps)
+                step(number)
+    else:
+        for number in range(steps):
+            step(number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", choices=["cifar", "mobilenet", "finetune"])
+    parser.add_argument("--depth", type=int, default=20, choices=CIFAR_FILES)
+    parser.add_argument("--width", type=float, default=0.25, choices=MOBILENETS)
+    parser.add_argument("--operator", default="cosine")
+    parser.add_argument("--k", type=float)
+    parser.add_argument("--method", default="transplant")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--folded", action="store_true", help="fold the donor's BatchNorms away first")
+    parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
+    parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
+    parser.add_argument("--exclude", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--starts", nargs="*", default=["scratch", "statistics", "transplant", "annealed"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    finetune(arguments) if arguments.network == "finetune" else measure(arguments)
+
+
+if __name__ == "__main__":
+    main()

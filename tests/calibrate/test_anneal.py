@@ -1,0 +1,69 @@
+"""Annealing: the donor at the start, the converted network at the end, gradients between, nothing left behind."""
+
+import pytest
+import torch
+from networks import Residual, image, small_net, timm_model
+
+from spherify import OptionError, spherify
+from spherify.calibrate.anneal import Annealing, distillation
+
+IMAGES = image(4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("operator", ["cosine", "linear", "sigmoid", "learnable"])
+def test_at_the_start_it_is_the_donor_and_at_the_end_the_converted_network(operator):
+    donor = small_net()
+    model = spherify(donor, operator=operator, gain="none").eval()
+    angular = model(IMAGES)
+    with Annealing(model, until=0.5) as annealing:
+        annealing.on_step(0, 10)
+        torch.testing.assert_close(model(IMAGES), donor(IMAGES), rtol=1e-4, atol=1e-5)
+        annealing.on_step(2, 10)
+        between = model(IMAGES)
+        annealing.on_step(5, 10)
+        assert torch.equal(model(IMAGES), angular)
+    assert not torch.allclose(between, angular) and not torch.allclose(between, donor(IMAGES))
+    assert torch.equal(model(IMAGES), angular)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_byobnet"])
+def test_grouped_dynamic_and_linear_layers_start_as_the_donor(name):
+    donor = timm_model(name)
+    images = image(2, 3, 160, 160)
+    model = spherify(donor, gain="none").eval()
+    with torch.no_grad(), Annealing(model):
+        torch.testing.assert_close(model(images), donor(images), rtol=1e-2, atol=1e-3)
+
+
+def test_progressive_conversion_takes_one_layer_after_the_other():
+    annealing = Annealing(spherify(Residual(), head="convert", example_input=IMAGES), schedule="progressive", until=1)
+    annealing.on_step(5, 10)
+    assert annealing.powers == [1.0, 0.5, 0.0]
+
+
+def test_gradients_reach_every_weight():
+    model = spherify(small_net(), operator="sigmoid")
+    with Annealing(model) as annealing:
+        annealing.on_step(3, 10)
+        model(IMAGES).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_distillation_is_zero_for_the_donor_itself():
+    donor = small_net()
+    loss = distillation(donor)
+    assert loss(donor(IMAGES), IMAGES).item() == pytest.approx(0.0, abs=1e-6)
+    assert loss(donor(IMAGES) * 3, IMAGES).item() > 1e-4
+
+
+def test_what_is_refused():
+    model = spherify(small_net())
+    with pytest.raises(OptionError, match="annealing schedule 'x' is unknown; choose one of: together, progressive"):
+        Annealing(model, schedule="x")
+    with pytest.raises(OptionError, match="until=0 is out of range"):
+        Annealing(model, until=0)
+    with pytest.raises(OptionError, match="no converted conv or linear layer"):
+        Annealing(small_net())
+    with pytest.raises(OptionError, match="temperature=0 is not positive"):
+        distillation(small_net(), temperature=0)
