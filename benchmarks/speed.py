@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,15 @@ def cases(device: str, repeats: int) -> Iterator[Case]:
         return
     for name, (batch, size) in ON_CPU.items():
         peers = ("authors", "im2col", "b-cos") if name in ("cnn9", "resnet18") else ()
-        yield Case(name, OPERATORS, peers, Settings(batch=batch, size=size, threads=1, repeats=repeats))
+        yield Case(name, OPERATORS, peers, Settings(batch=batch, size=size, threads=1, repeats=repeats, cpu_time=True))
     for name in ("cnn9", "resnet18"):
         batch, size = ON_CPU[name]
-        yield Case(name, ("cosine",), (), Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True))
+        yield Case(
+            name,
+            ("cosine",),
+            (),
+            Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True, cpu_time=True),
+        )
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def sweep(repeats: int) -> list[dict[str, Any]]:
             x = torch.randn(shape["batch"], shape["channels"], shape["pixels"], 16)
             conv = nn.Conv2d(shape["channels"], 64, 3, padding=1, bias=False)
             layers = {"plain": conv, "cosine": SphereConv2d.from_conv(conv, operator="cosine")}
-            timing = interleaved({name: training_step(layer, x) for name, layer in layers.items()}, repeats=repeats)
+            steps = {name: training_step(layer, x) for name, layer in layers.items()}
+            timing = interleaved(steps, repeats=3 * repeats, clock=time.process_time)
             for name, found in timing.items():
                 rows.append({"axis": axis, "factor": factor, "form": name, "least_ms": found.least * 1e3})
     return rows
@@ -133,14 +139,16 @@ def training_step(layer: nn.Module, x: torch.Tensor) -> Any:
     return step
 
 
-def measure(device: str, repeats: int, minutes: float, only: list[str], out: Path) -> None:
+def measure(
+    device: str, repeats: int, minutes: float, only: list[str], out: Path, operators: tuple[str, ...] = OPERATORS
+) -> None:
     """Every case, written after each; no new one is begun when the time is up."""
     end = time.monotonic() + 60 * minutes
     found: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     with number_of_threads(1 if device == "cpu" else None):
         found["machine"] = {**machine(), "timm": timm.__version__}
         found["cases"], found["left_out"] = [], []
-        if device == "cpu" and not only:
+        if device == "cpu" and (not only or "sweep" in only):
             found["sweep"] = sweep(repeats)
         for case in cases(device, repeats):
             name = f"{case.model}{' compiled' if case.settings.compiled else ''}"
@@ -150,8 +158,9 @@ def measure(device: str, repeats: int, minutes: float, only: list[str], out: Pat
                 found["left_out"].append(name)
                 continue
             print(name, flush=True)
+            chosen = replace(case, operators=tuple(one for one in case.operators if one in operators))
             try:
-                found["cases"].append(run(case))
+                found["cases"].append(run(chosen))
             except Exception as error:  # one model that fails must not cost the others' figures
                 found["left_out"].append(f"{name}: {type(error).__name__}: {error}")
             replace_file(out, (json.dumps(found, indent=1) + "\n").encode())
@@ -235,13 +244,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=7.0, help="begin no new case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="names such as resnet18 or 'resnet18 compiled'")
+    parser.add_argument("--operators", nargs="*", default=OPERATORS, choices=OPERATORS)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--report", action="store_true", help="write docs/speed.md from the results that are there")
     given = parser.parse_args()
     if given.report:
         report(sorted(RESULTS.glob("speed-*.json")), DOCS / "speed.md")
         return
-    measure(given.device, given.repeats, given.minutes, given.only, given.out or RESULTS / f"speed-{given.device}.json")
+    out = given.out or RESULTS / f"speed-{given.device}.json"
+    measure(given.device, given.repeats, given.minutes, given.only, out, tuple(given.operators))
 
 
 if __name__ == "__main__":

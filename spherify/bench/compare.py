@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Settings:
         dtype: float32, or bfloat16 and float16 by autocast.
         threads: of torch on the CPU; None leaves its choice.
         calls: steps within one measurement.
+        cpu_time: count the process's own work on the CPU instead of the time that passes, for a busy machine.
     """
 
     batch: int = 8
@@ -47,6 +49,7 @@ class Settings:
     warmup: int = 2
     calls: int = 1
     threads: int | None = None
+    cpu_time: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -171,7 +174,12 @@ def measure(phase: str, forms: Mapping[str, nn.Module], x: Tensor, settings: Set
     steps = {name: step_of(phase, model, x, settings) for name, model in forms.items()}
     peaks = {name: peak_bytes(step, device=settings.device) for name, step in steps.items()}
     timings = interleaved(
-        steps, repeats=settings.repeats, warmup=settings.warmup, device=settings.device, calls=settings.calls
+        steps,
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        device=settings.device,
+        calls=settings.calls,
+        clock=time.process_time if settings.cpu_time else time.perf_counter,
     )
     rows = []
     for name, timing in timings.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +44,13 @@ class Timing:
 
 
 def interleaved(
-    steps: Mapping[str, Step], *, repeats: int, warmup: int = 2, device: str = "cpu", calls: int = 1
+    steps: Mapping[str, Step],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    device: str = "cpu",
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every step once a round, for ``repeats`` rounds; the order turns by one from round to round.
 
@@ -51,8 +58,9 @@ def interleaved(
         warmup: rounds before that are not counted; the compiler and the memory pools settle in them.
         device: on ``cuda`` a step is timed by events on its stream, else by the clock.
         calls: how often a step runs within one measurement.
+        clock: ``time.process_time`` counts this process's own work, whatever else the machine does.
     """
-    measure = seconds_on_cuda if device == "cuda" else seconds_by_the_clock
+    measure = seconds_on_cuda if device == "cuda" else functools.partial(seconds_by, clock)
     found: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(-warmup, repeats):
@@ -64,11 +72,11 @@ def interleaved(
     return {name: Timing(tuple(seconds)) for name, seconds in found.items()}
 
 
-def seconds_by_the_clock(step: Step, calls: int) -> float:
-    start = time.perf_counter()
+def seconds_by(clock: Callable[[], float], step: Step, calls: int) -> float:
+    start = clock()
     for _ in range(calls):
         step()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def seconds_on_cuda(step: Step, calls: int) -> float:

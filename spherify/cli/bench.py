@@ -21,6 +21,9 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile every form with torch.compile.")] = False,
     repeats: Annotated[int, typer.Option(help="Rounds; the forms take turns within each.")] = 11,
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU.")] = None,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="Count this process's own work, for a busy machine.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -38,6 +41,7 @@ def bench(
         compiled=compiled,
         repeats=repeats,
         threads=threads,
+        cpu_time=cpu_time,
     )
     rows = compare(model, settings, operator=operator)
     with number_of_threads(threads):

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm.layers
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from spherify.errors import ModelError
 from spherify.functional.folded import SharedNorms
 from spherify.graph.folding import FoldPlan, plan_fold
-from spherify.graph.record import Inputs, copy_without_data, one_line, record
+from spherify.graph.record import Inputs, copy_without_data, map_tree, one_line, record
 from spherify.layers.angular import AngularLayer
 from spherify.layers.folded import FOLDED, Folded, fold_angular_, fold_plain_, take_away_
 from spherify.models.inputs import candidate_inputs
@@ -75,7 +76,8 @@ def what_to_fold(model: nn.Module, example_input: Any = None) -> FoldPlan:
     if example_input is not None:
         candidates = [as_inputs(example_input)]
     else:
-        candidates = [Inputs(args) for args in candidate_inputs(model)]
+        dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+        candidates = [Inputs(in_type(args, dtype)) for args in candidate_inputs(model)]
     failure: ModelError | None = None
     for inputs in candidates:
         try:
@@ -85,6 +87,11 @@ def what_to_fold(model: nn.Module, example_input: Any = None) -> FoldPlan:
         else:
             return plan_fold(model, recording, can_be_folded)
     raise failure or ModelError(f"{type(model).__name__}: no input can be guessed; pass example_input=... .")
+
+
+def in_type(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Guessed inputs in the type of the model's weights."""
+    return map_tree(lambda value: value.to(dtype) if isinstance(value, Tensor) else value, args)
 
 
 def as_inputs(example: Any) -> Inputs:

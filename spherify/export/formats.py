@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spherify.errors import FileError, ModelError, OptionError, SpherifyError
 from spherify.export.atomic import replace_file
-from spherify.export.fold import as_inputs, fold
+from spherify.export.fold import as_inputs, fold, in_type
 from spherify.export.folder import tensors_to_write
 from spherify.graph.record import Inputs, one_line, tensors_in
 from spherify.models.inputs import candidate_inputs
@@ -107,7 +107,8 @@ def inputs_for(model: nn.Module, example_input: Any) -> tuple[Tensor, ...]:
         return inputs.args
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     failure: Exception | None = None
-    for args in candidate_inputs(model):
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    for args in (in_type(args, dtype) for args in candidate_inputs(model)):
         moved = tuple(value.to(device) for value in Inputs(args).on("cpu").args if isinstance(value, Tensor))
         if len(moved) != len(args):
             continue

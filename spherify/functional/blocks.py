@@ -215,7 +215,7 @@ def backward_by_blocks(
     needs: Sequence[bool],
 ) -> tuple[Gradients, Tensor]:
     """By plain operations; and sums by filter, (4, O): of the gradient, with the response, for k, along the filter."""
-    needs_x, needs_weight, needs_bias, needs_gain, needs_k = needs
+    _, _, needs_bias, needs_gain, needs_k = needs
     groups, filters = inverse_norm.shape[1], saved.shape[1]
     wide = inverse_norm.dtype
     by_filter = inverse_norm.new_zeros(4, filters)
@@ -237,7 +237,7 @@ def backward_by_blocks(
                 by_filter[1] += (part * answer).sum(others)
             part = part if gain is None else part * gain
             cosine, slope = slope_at(answer, part, softness, saved.dtype, by_filter[2] if needs_k else None)
-        if needs_x or needs_weight:
+        if any(needs):
             along = cosine * slope
             torch.sum(grouped(along, groups), 2, out=found.along[block])
             by_filter[3] += along.sum(others)
