@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from spherify.cli import app as cli
+
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
@@ -56,9 +58,13 @@ def assert_same_run(one: Path, two: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process with the whole batch of 32."""
-    folder = tmp_path_factory.mktemp("alone")
-    launch(folder, TRAIN, "--batch-size 32 --output run")
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["spherify", *TRAIN.split()[2:], "--batch-size", "32", "--output", str(folder)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    return folder
 
 
 def test_torchrun_computes_what_one_process_with_twice_the_batch_computes(tmp_path, alone):

@@ -1,6 +1,7 @@
 """The loop against plain loops written by hand, and what can be plugged into it."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from training_samples import QUIET, angular_net, are_equal, batches, data_set, difference, net, recipe, weights
 
 from spherify.data.preprocess import Preprocessing
-from spherify.errors import OptionError
+from spherify.errors import OptionError, SpherifyError
 from spherify.heads.angular import AngularHead
 from spherify.layers.angular import AngularLayer
 from spherify.regularizers import orthogonality
@@ -314,3 +315,11 @@ def test_the_generators_start_from_the_seed():
         torch.rand(5)
         fit(net(), (batches(), None), recipe(steps=1), conduct=QUIET, on_step=[lambda *_: drawn.append(torch.rand(1))])
     assert torch.equal(drawn[0], drawn[1])
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(
+        SpherifyError, match=r"training needs accelerate; install it with: pip install 'spherify\[train\]'"
+    ):
+        fit(net(), (batches(), None), recipe(), conduct=QUIET)

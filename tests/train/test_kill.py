@@ -16,8 +16,8 @@ pytest.importorskip("sklearn")
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-COMMAND = "-m spherify train test_resnet --data digits --epochs 2 --checkpoint-steps 3 --model-ema --mixup 0.2"
-OPTIONS = "--drop 0.1 --operator learnable --lr 1e-3 --quiet --resume auto --output"
+COMMAND = "-m spherify train test_resnet --data digits --steps 24 --batch-size 8 --img-size 16 --model-ema"
+OPTIONS = "--checkpoint-steps 3 --mixup 0.2 --drop 0.1 --operator learnable --lr 1e-3 --quiet --resume auto --output"
 
 
 def start(*arguments: object) -> subprocess.Popen:

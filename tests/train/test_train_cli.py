@@ -22,7 +22,7 @@ from spherify.train.recipe import Recipe
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
 
-SMALL = ["test_resnet", "--data", "digits", "--steps", "2", "--quiet"]
+SMALL = ["test_resnet", "--data", "digits", "--steps", "2", "--quiet", "--img-size", "16"]
 
 
 class Ran:
@@ -58,7 +58,9 @@ def trained(tmp_path_factory):
     """A folder that ten steps on digits gave."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["spherify", "train", *SMALL, "--steps", "10", "--output", str(folder)])
+        patch.setattr(
+            sys, "argv", ["spherify", "train", *SMALL[:3], "--quiet", "--steps", "10", "--output", str(folder)]
+        )
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert not ended.value.code
@@ -102,7 +104,7 @@ def test_the_recipe_is_saved_as_it_was_resolved(trained):
 def test_what_was_chosen_is_said(run):
     ran = run("train", *SMALL, "--lr", "0.001")
     assert "timm:test_resnet on angles (cosine): 0.37 M parameters" in ran.out
-    assert "digits: 1442 training and 355 test images of 10 classes, shown as 32x32 pixels in colour" in ran.out
+    assert "digits: 1442 training and 355 test images of 10 classes, shown as 16x16 pixels in colour" in ran.out
     assert "adamw, lr 0.001, cosine, 2 steps, batch 64, CPU with 1 thread" in ran.out
     assert "Wrote runs/test_resnet-cosine-digits: top-1 " in ran.out
     assert ran.err == ""
