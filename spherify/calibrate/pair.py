@@ -43,7 +43,10 @@ class Pair:
         self.twin = aligned(student_run, donor_run)
         for call in student_run.layer_calls():
             if call not in self.twin:
-                raise ModelError(f"{student_run.path(call)}: the donor does not call it in the same place.")
+                raise ModelError(
+                    f"{student_run.path(call)}: the donor does not call it in the same place; give the network that "
+                    "was converted, one that calls the same functions for every image."
+                )
 
     def answer_in_donor(self, part: Part, number: int) -> int:
         """Where the donor's answer to a part's call stands: behind its norm, be the student's there or not."""
