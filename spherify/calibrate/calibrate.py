@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -93,6 +94,7 @@ def calibrate(
             if needs_donor and (problem := departure(model, donor, parts)) is not None:  # with the new weights
                 refuse_what_needs_the_replay(model, method, problem)
             layers, logits = layer_fits(before, compared(model, donor, parts))
+            notes = (*notes, *notes_on_output(logits))
     count = sum(len(part) for part in parts)
     seconds = time.perf_counter() - started
     return Report(method=method, images=count, seconds=seconds, layers=layers, logits=logits, notes=notes)
@@ -130,6 +132,12 @@ def notes_on(parts: Sequence[Tensor]) -> tuple[str, ...]:
     count = sum(len(part) for part in parts)
     few = f"{count} images are few for a least-squares fit; give {FEW_IMAGES} or more for what the method can do."
     return (few,) if count < FEW_IMAGES else ()
+
+
+def notes_on_output(logits: LayerFit) -> tuple[str, ...]:
+    if math.isfinite(logits.error):
+        return ()
+    return ("The outputs were not compared: they hold NaN or infinite numbers, or the donor's are 0 throughout.",)
 
 
 def is_large(parts: Sequence[Tensor]) -> bool:
