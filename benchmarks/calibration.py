@@ -129,7 +129,8 @@ def measure(arguments: argparse.Namespace) -> None:
     model = spherify(donor, operator=arguments.operator, k=arguments.k, exclude=exclude, example_input=seen[:2])
     truth, swapped = top1(donor, *test), top1(model, *test)
     started = time.perf_counter()
-    calibrate(model, seen, arguments.method, donor=donor, refit_kept=not arguments.no_refit)
+    how = {"refit_kept": not arguments.no_refit, "keep_worst": arguments.keep_worst}
+    report = calibrate(model, seen, arguments.method, donor=donor, **how)
     seconds = time.perf_counter() - started
     kept = top1(model, *test)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -140,6 +141,8 @@ def measure(arguments: argparse.Namespace) -> None:
         f"{seconds:.0f} s, {peak:.1f} GB",
         flush=True,
     )
+    if report.sensitivity is not None:
+        print(f"taken back: {', '.join(report.kept)}\n{report.sensitivity}", flush=True)
 
 
 def finetune(arguments: argparse.Namespace) -> None:
@@ -196,6 +199,7 @@ def main() -> None:
     parser.add_argument("--folded", action="store_true", help="fold the donor's BatchNorms away first")
     parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
     parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
+    parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--starts", nargs="*", default=["scratch", "statistics", "transplant", "annealed"])
