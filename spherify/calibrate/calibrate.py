@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spherify.calibrate.images import collected
+from spherify.calibrate.donor import donor_of, has_gains
+from spherify.calibrate.images import collected, is_large
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.reconstruct import Schedule, reconstruct_
-from spherify.calibrate.report import IMAGES_COMPARED, LayerFit, Report, distances, layer_fits
+from spherify.calibrate.replay import departure
+from spherify.calibrate.report import LayerFit, Report, compared, layer_fits
+from spherify.calibrate.sensitivity import measured
 from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
 from spherify.calibrate.transplant import Settings, transplant_
 from spherify.errors import ModelError, OptionError
-from spherify.layers.angular import AngularLayer
-from spherify.rewrite.apply import conversion_of, is_untouched, undo_
+from spherify.rewrite.apply import conversion_of, is_untouched
 
 BATCH_TO_OPTIMISE = 25
 FEW_IMAGES = 100
@@ -36,6 +39,7 @@ def calibrate(
     donor: nn.Module | None = None,
     images: int | None = None,
     refit_kept: bool = True,
+    sensitivity: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
@@ -56,6 +60,8 @@ def calibrate(
             changed its weights since the conversion.
         images: use so many at most.
         refit_kept: fit plain layers behind converted ones too, the classifier among them.
+        sensitivity: measure first what each converted layer costs alone (``spherify.calibrate.sensitivity``); the
+            report's ``sensitivity`` holds it.
         seed: of the positions and images drawn.
         progress: called with the name of each layer before it is worked on.
 
@@ -64,7 +70,8 @@ def calibrate(
 
     Raises:
         OptionError: unknown method, too few images, of several sizes, or not finite.
-        ModelError: the donor is needed and cannot be had, or the model does not run on the images.
+        ModelError: the donor is needed and cannot be had, the model does not run on the images, calls other functions
+            for some of them than for others, or makes numbers of them that are not finite.
         RewriteError: ``model`` was not converted, or ``donor`` is another network.
     """
     if method not in METHODS:
@@ -73,21 +80,51 @@ def calibrate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parts = collected(batches, images, device)
     started = time.perf_counter()
-    needs_donor = method != "statistics" or has_gains(model)
+    needs_donor = method != "statistics" or has_gains(model) or sensitivity
     if donor is None and (needs_donor or is_untouched(model)):
         donor = donor_of(model)
+    effects = None
+    if sensitivity:
+        assert donor is not None
+        effects = measured(model, donor, parts, seed=seed, progress=progress)
+    settings = Settings(seed=seed, refits_kept=refit_kept)
+    report = carried_out(model, donor, parts, method, settings, progress or (lambda name: None))
+    return replace(report, seconds=time.perf_counter() - started, sensitivity=effects)
+
+
+def carried_out(
+    model: nn.Module, donor: nn.Module | None, parts: list[Tensor], method: str, settings: Settings, progress: Progress
+) -> Report:
+    """The calibration itself, with what is measured before and after it."""
+    notes = notes_on(parts)
     with unharmed(model):
         layers: tuple[LayerFit, ...] = ()
         logits: LayerFit | None = None
+        problem = departure(model, donor, parts) if donor is not None else None
+        if problem is not None:
+            refuse_what_needs_the_replay(model, method, problem)
+            donor, notes = None, (*notes, f"Not compared with the donor: {problem}.")
         before = compared(model, donor, parts) if donor is not None else None
-        carry_out(
-            model, donor, parts, method, Settings(seed=seed, refits_kept=refit_kept), progress or (lambda name: None)
-        )
+        carry_out(model, donor, parts, method, settings, progress)
         if donor is not None and before is not None:
+            if (problem := departure(model, donor, parts)) is not None:  # with the new weights
+                refuse_what_needs_the_replay(model, method, problem)
             layers, logits = layer_fits(before, compared(model, donor, parts))
+            notes = (*notes, *notes_on_output(logits))
     count = sum(len(part) for part in parts)
-    seconds = time.perf_counter() - started
-    return Report(method=method, images=count, seconds=seconds, layers=layers, logits=logits, notes=notes_on(parts))
+    return Report(method=method, images=count, seconds=0.0, layers=layers, logits=logits, notes=notes)
+
+
+def refuse_what_needs_the_replay(model: nn.Module, method: str, problem: str) -> None:
+    """Raises ModelError but for the plain averages of BatchNorm statistics, which run the model itself."""
+    if method == "statistics" and not has_gains(model):
+        return
+    remedy = (
+        "have its forward call the same functions for every image"
+        if has_gains(model)
+        else 'use method="statistics", which runs the model itself, or have its forward call the same for every image'
+    )
+    raise ModelError(f"{type(model).__name__}: {problem}; {remedy}.")
 
 
 def carry_out(
@@ -112,38 +149,10 @@ def notes_on(parts: Sequence[Tensor]) -> tuple[str, ...]:
     return (few,) if count < FEW_IMAGES else ()
 
 
-def has_gains(model: nn.Module) -> bool:
-    return any(isinstance(part, AngularLayer) and part.gain is not None for part in model.modules())
-
-
-def is_large(parts: Sequence[Tensor]) -> bool:
-    """Values between layers are held in float16."""
-    return sum(part.numel() for part in parts) > 20_000_000
-
-
-def donor_of(model: nn.Module) -> nn.Module:
-    """The donor inside a model that is as it was converted.
-
-    Raises:
-        ModelError: its weights have changed since, or it was loaded from a folder.
-    """
-    if not is_untouched(model):
-        raise ModelError(
-            "the donor is needed: this model's weights are not those it was converted with (or it was loaded from a "
-            "folder); pass donor=..., the network before its conversion."
-        )
-    donor = copy.deepcopy(model)
-    undo_(donor)
-    return donor.eval()
-
-
-def compared(model: nn.Module, donor: nn.Module, parts: Sequence[Tensor]) -> dict[str, tuple[float, float]]:
-    """Distances of all converted layers over the first images."""
-    first: list[Tensor] = []
-    for part in parts:
-        if sum(map(len, first)) < IMAGES_COMPARED:
-            first.append(part)
-    return distances(Pair(model, donor, first, half=False))
+def notes_on_output(logits: LayerFit) -> tuple[str, ...]:
+    if math.isfinite(logits.error):
+        return ()
+    return ("The outputs were not compared: they hold NaN or infinite numbers, or the donor's are 0 throughout.",)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spherify.calibrate.calibrate import Progress, calibrate, donor_of, has_gains
+from spherify.calibrate.calibrate import Progress, calibrate
+from spherify.calibrate.donor import donor_of, has_gains
 from spherify.calibrate.report import Report
 from spherify.data.batches import loader_of
 from spherify.data.dataset import DataSet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,3 +53,8 @@ def cut(images: Tensor, device: torch.device) -> list[Tensor]:
     pixels = max(1, images[0].numel() // max(1, images.shape[1]))
     size = max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // pixels))
     return [part.to(device) for part in images.split(size)]
+
+
+def is_large(parts: Sequence[Tensor]) -> bool:
+    """Values between layers are held in float16."""
+    return sum(part.numel() for part in parts) > 20_000_000

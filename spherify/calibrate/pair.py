@@ -43,7 +43,10 @@ class Pair:
         self.twin = aligned(student_run, donor_run)
         for call in student_run.layer_calls():
             if call not in self.twin:
-                raise ModelError(f"{student_run.path(call)}: the donor does not call it in the same place.")
+                raise ModelError(
+                    f"{student_run.path(call)}: the donor does not call it in the same place; give the network that "
+                    "was converted, one that calls the same functions for every image."
+                )
 
     def answer_in_donor(self, part: Part, number: int) -> int:
         """Where the donor's answer to a part's call stands: behind its norm, be the student's there or not."""
@@ -134,9 +137,13 @@ class Gatherer:
         world, at = (donor, self.pair.twin[position]) if self.by_donor[index] else (student, position)
         call = Call.of(student.recorded.nodes[position].target, *world.arguments(number, at))
         truth = values[0].float()
+        check_finite(part.name, "its output in the donor", truth)
+        check_finite(part.name, f"its input in {'the donor' if world is donor else 'the converted model'}", call.input)
         target, beside = truth, None
         if place is not None:
+            check_finite(part.name, "the sum behind it in the donor", values[1])
             other = student.widened(student.values[number][place[1]]).float()
+            check_finite(part.name, "what is added to it in the converted model", other)
             target, beside = self.corrected(number, index, truth, values[1].float(), other)
         truth = output_rows(truth, call.is_conv)
         count = max(1, round(self.share * len(student.batches[number])))
@@ -192,6 +199,16 @@ class Gatherer:
                 samples.low, samples.high = bounds_after(run, behind)
                 samples.beside = torch.cat(self.beside, 1) if self.beside else None
         return samples, truths
+
+
+def check_finite(name: str, what: str, values: Tensor) -> None:
+    """Raises ModelError for NaN or infinity: the images are finite, so it arose in the network."""
+    if not bool(values.isfinite().all()):
+        remedy = "check its weights" if "donor" in what else "keep the layers in front of it plain (exclude=...)"
+        raise ModelError(
+            f"{name or 'the model'}: {what} holds NaN or infinite numbers, though the images are finite; {remedy} "
+            "and the functions in front of it."
+        )
 
 
 def inputs_of(recorded: Recorded, position: int) -> list[int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from spherify.calibrate.effects import Effects
 from spherify.calibrate.pair import Pair, angular_call
 from spherify.calibrate.parts import parts_of
 from spherify.errors import SpherifyError
@@ -46,6 +49,8 @@ class Report:
         logits: the same figures for the network's output, else None.
         notes: what the user should know.
         accuracy: top-1 in percent, by stage (donor, swapped, calibrated), where labels were given.
+        sensitivity: what each converted layer costs alone, where it was asked for; before any was taken back.
+        kept: layers that were taken back to plain ones because they cost most.
     """
 
     method: str
@@ -55,12 +60,16 @@ class Report:
     logits: LayerFit | None = None
     notes: tuple[str, ...] = ()
     accuracy: dict[str, float] | None = None
+    sensitivity: Effects | None = None
+    kept: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON; None where there is no number."""
         rows = [without_nan(asdict(layer)) for layer in self.layers]
         logits = None if self.logits is None else without_nan(asdict(self.logits))
-        return {**asdict(self), "notes": list(self.notes), "layers": rows, "logits": logits}
+        effects = None if self.sensitivity is None else self.sensitivity.to_dict()
+        lists = {"notes": list(self.notes), "kept": list(self.kept), "layers": rows}
+        return {**asdict(self), **lists, "logits": logits, "sensitivity": effects}
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -84,7 +93,9 @@ class Report:
         lines = [f"{self.method}: {self.images} images, {self.seconds:.1f} s", *self.notes]
         if self.accuracy:
             lines.append("top-1: " + ", ".join(f"{stage} {value:.2f} %" for stage, value in self.accuracy.items()))
-        return Group(table, *lines) if self.layers else Group(*lines)
+        shown = [table] if self.layers else []
+        effects = [] if self.sensitivity is None else [self.sensitivity.table()]
+        return Group(*shown, *lines, *effects)
 
     def save_picture(self, path: str | Path) -> Path:
         """Write a bar chart of the errors, before and after, to a PNG, SVG or PDF file.
@@ -114,6 +125,15 @@ class Report:
         axes.legend()
         figure.savefig(str(path))
         return Path(path)
+
+
+def compared(model: nn.Module, donor: nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Distances of all converted layers over the first images."""
+    first: list[torch.Tensor] = []
+    for part in parts:
+        if sum(map(len, first)) < IMAGES_COMPARED:
+            first.append(part)
+    return distances(Pair(model, donor, first, half=False))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_scale_
-from spherify.calibrate.pair import Pair, angular_call, inputs_of
+from spherify.calibrate.pair import Pair, angular_call, check_finite, inputs_of
 from spherify.calibrate.parts import Part, parts_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.world import World
@@ -40,9 +40,20 @@ def norms_of(model: nn.Module) -> list[_BatchNorm]:
 def average_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """BatchNorm statistics anew, all in one pass, without donor or graph. The modes are the caller's to restore."""
     model.eval()
-    with averaging(norms_of(model)):
-        for batch in batches:
-            model(batch)
+    norms, order = norms_of(model), dict[nn.Module, None]()
+    hooks = [norm.register_forward_hook(lambda norm, *_: order.setdefault(norm)) for norm in norms]
+    try:
+        with averaging(norms):
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    paths = {module: path for path, module in model.named_modules()}
+    for norm in order:
+        for statistics in (norm.running_mean, norm.running_var):
+            assert isinstance(statistics, Tensor)
+            check_finite(paths[norm], "its input in the converted model", statistics)
 
 
 @torch.no_grad()
@@ -94,6 +105,7 @@ def match_norm_(world: World, position: int) -> None:
     moments = Moments()
     source = inputs_of(world.recorded, position)
     world.advance(source, lambda number, values: moments.add(output_rows(values[0], True)))
+    check_finite(world.recorded.path(position), "its input in the converted model", moments.mean)
     norm.running_mean.copy_(moments.mean)
     norm.running_var.copy_(moments.variance)
 
@@ -107,6 +119,8 @@ def match_gain_(pair: Pair, part: Part) -> None:
     for number in range(len(student.batches)):
         mine.add(output_rows(student.call(number, call), is_conv))
     donor.advance([pair.twin[call]], lambda number, values: theirs.add(output_rows(values[0], is_conv)))
+    check_finite(part.name, "its output in the donor", theirs.mean)
+    check_finite(part.name, "its input in the converted model", mine.mean)
     gain = part.module.output_gain()  # type: ignore[operator,union-attr]
     factor = (theirs.variance / mine.variance.clamp_min(1e-12)).sqrt()
     has_bias = part.can_shift(student.recorded)

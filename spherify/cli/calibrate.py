@@ -26,6 +26,9 @@ def calibrate(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the layers' errors: .png, .svg, .pdf.", metavar="FILE")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Show what each layer costs when it alone is converted.")
+    ] = False,
     data_dir: Annotated[Path | None, typer.Option(help="Where named data are kept.", metavar="DIR")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images and positions drawn.")] = 0,
@@ -51,6 +54,7 @@ def calibrate(
             folder=str(folder),
             data_dir=None if data_dir is None else str(data_dir),
             progress=step,
+            sensitivity=sensitivity,
         )
     save(model, target)
     show(report, picture, as_json)

@@ -210,7 +210,7 @@ def test_images_that_cannot_be_used(batches, message):
 
 def test_images_of_a_size_the_model_does_not_take():
     model = spherify(residual_net(), example_input=IMAGES[:2])
-    with pytest.raises(ModelError, match=r"does not run on calibration images of shape \(8, 4, 16, 16\)"):
+    with pytest.raises(ModelError, match=r"does not run on calibration images of shape \(4, 4, 16, 16\)"):
         calibrate(model, image(8, 4, 16, 16))
 
 

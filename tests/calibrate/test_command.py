@@ -46,10 +46,10 @@ def test_converting_with_calibration_and_calibrating_the_folder_again(run):
 
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), "donor.pth")
-    code, out, err = run(
-        "calibrate", "test_resnet-cosine", "--data", "few.npz", "--images", 16, "--checkpoint", "donor.pth"
-    )
+    how = ["--data", "few.npz", "--images", 16, "--checkpoint", "donor.pth", "--sensitivity"]
+    code, out, err = run("calibrate", "test_resnet-cosine", *how)
     assert code == 0, err
+    assert "converted alone" in out
     assert "transplant: 16 images" in out
     assert "16 images are few" in out
     assert not torch.equal(load("test_resnet-cosine").conv1[0].weight, before)
