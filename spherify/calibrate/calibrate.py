@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spherify.calibrate.donor import donor_of, has_gains
 from spherify.calibrate.images import collected, is_large
+from spherify.calibrate.keep import become_, check_keep_worst, converted_without
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.reconstruct import Schedule, reconstruct_
 from spherify.calibrate.replay import departure
@@ -22,7 +23,7 @@ from spherify.calibrate.sensitivity import measured
 from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
 from spherify.calibrate.transplant import Settings, transplant_
 from spherify.errors import ModelError, OptionError
-from spherify.rewrite.apply import conversion_of, is_untouched
+from spherify.rewrite.apply import is_untouched
 
 BATCH_TO_OPTIMISE = 25
 FEW_IMAGES = 100
@@ -40,6 +41,7 @@ def calibrate(
     images: int | None = None,
     refit_kept: bool = True,
     sensitivity: bool = False,
+    keep_worst: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
@@ -62,6 +64,8 @@ def calibrate(
         refit_kept: fit plain layers behind converted ones too, the classifier among them.
         sensitivity: measure first what each converted layer costs alone (``spherify.calibrate.sensitivity``); the
             report's ``sensitivity`` holds it.
+        keep_worst: so many converted layers, those that cost most alone, are plain layers again: the donor is
+            converted anew without them and calibrated. The model's plan, its folder and the report say so.
         seed: of the positions and images drawn.
         progress: called with the name of each layer before it is worked on.
 
@@ -69,26 +73,33 @@ def calibrate(
         A report that prints as a table, has ``to_dict()`` and ``save_picture(path)``.
 
     Raises:
-        OptionError: unknown method, too few images, of several sizes, or not finite.
+        OptionError: unknown method, too few images, of several sizes, or not finite; ``keep_worst`` takes back every
+            layer, or the conversion gave the model a new classifier.
         ModelError: the donor is needed and cannot be had, the model does not run on the images, calls other functions
             for some of them than for others, or makes numbers of them that are not finite.
         RewriteError: ``model`` was not converted, or ``donor`` is another network.
     """
     if method not in METHODS:
         raise OptionError(f"calibration method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
-    conversion_of(model)
+    check_keep_worst(model, keep_worst)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parts = collected(batches, images, device)
     started = time.perf_counter()
-    needs_donor = method != "statistics" or has_gains(model) or sensitivity
+    needs_donor = method != "statistics" or has_gains(model) or sensitivity or keep_worst > 0
     if donor is None and (needs_donor or is_untouched(model)):
         donor = donor_of(model)
-    effects = None
-    if sensitivity:
+    effects, target = None, model
+    if sensitivity or keep_worst:
         assert donor is not None
         effects = measured(model, donor, parts, seed=seed, progress=progress)
+    if effects is not None and donor is not None and keep_worst:
+        target = converted_without(model, donor, effects, keep_worst, parts[0][:2])
     settings = Settings(seed=seed, refits_kept=refit_kept)
-    report = carried_out(model, donor, parts, method, settings, progress or (lambda name: None))
+    report = carried_out(target, donor, parts, method, settings, progress or (lambda name: None))
+    if effects is not None and target is not model:
+        become_(model, target)
+        kept = effects.worst(keep_worst)
+        report = replace(report, kept=kept, notes=(f"Taken back to plain layers: {', '.join(kept)}.", *report.notes))
     return replace(report, seconds=time.perf_counter() - started, sensitivity=effects)
 
 

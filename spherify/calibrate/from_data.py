@@ -56,7 +56,9 @@ def calibrate_with(
     chosen, rest = order[:wanted], order[wanted:]
     test_order = rest if opened.test is opened.train else np.arange(len(opened.test))
     test = loader_of(opened.test, how, BATCH, test_order[:MOST_TESTED].tolist())
-    if donor is None and (method != "statistics" or has_gains(model) or is_untouched(model)):
+    if donor is None and (
+        method != "statistics" or has_gains(model) or is_untouched(model) or options.get("keep_worst")
+    ):
         donor = donor_of(model)
     comparable, notes = can_be_scored(model, opened, len(test_order))
     accuracy = {}

@@ -29,6 +29,9 @@ def calibrate(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Show what each layer costs when it alone is converted.")
     ] = False,
+    keep_worst: Annotated[
+        int, typer.Option(help="Take so many layers, those that cost most alone, back to plain ones.", metavar="N")
+    ] = 0,
     data_dir: Annotated[Path | None, typer.Option(help="Where named data are kept.", metavar="DIR")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images and positions drawn.")] = 0,
@@ -55,6 +58,7 @@ def calibrate(
             data_dir=None if data_dir is None else str(data_dir),
             progress=step,
             sensitivity=sensitivity,
+            keep_worst=keep_worst,
         )
     save(model, target)
     show(report, picture, as_json)

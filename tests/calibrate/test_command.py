@@ -1,6 +1,7 @@
 """Calibration on the command line: while converting, and of a saved folder."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from spherify import load
 from spherify.cli import app as cli
+from spherify.layers.angular import AngularLayer
 
 
 @pytest.fixture
@@ -46,13 +48,30 @@ def test_converting_with_calibration_and_calibrating_the_folder_again(run):
 
     torch.manual_seed(0)
     torch.save(timm.create_model("test_resnet").state_dict(), "donor.pth")
-    how = ["--data", "few.npz", "--images", 16, "--checkpoint", "donor.pth", "--sensitivity"]
+    how = ["--data", "few.npz", "--images", 16, "--checkpoint", "donor.pth"]
     code, out, err = run("calibrate", "test_resnet-cosine", *how)
     assert code == 0, err
-    assert "converted alone" in out
     assert "transplant: 16 images" in out
     assert "16 images are few" in out
     assert not torch.equal(load("test_resnet-cosine").conv1[0].weight, before)
+
+
+def test_taking_back_what_costs_most_and_saving_it(run):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet").state_dict(), "donor.pth")
+    code, _, err = run("test_resnet", "--checkpoint", "donor.pth", "--include", "conv1*", "--output", "before")
+    assert code == 0, err
+    how = ["--data", "few.npz", "--images", 8, "--checkpoint", "donor.pth", "--method", "statistics"]
+    code, out, err = run("calibrate", "before", *how, "--sensitivity", "--keep-worst", 1, "--output", "after")
+    assert code == 0, err
+    assert "converted alone" in out
+    (kept,) = re.findall(r"Taken back to plain layers: (\S+)\.\n", out)
+    assert kept in {"conv1.0", "conv1.3", "conv1.6"}
+    angular = [name for name, module in load("after").named_modules() if isinstance(module, AngularLayer)]
+    assert sorted([*angular, kept]) == ["conv1.0", "conv1.3", "conv1.6"]
+    code, out, err = run("calibrate", "after", *how, "--keep-worst", 2, "--output", "never")
+    assert (code, out) == (2, "")
+    assert "2 layers are converted, choose 0 to 1" in err
 
 
 @pytest.mark.parametrize(
