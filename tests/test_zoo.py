@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.zoo.worker import build_small
 from spherify import plan, spherify
+from spherify.convert import first_run
 from spherify.graph.record import tensors_in
 from spherify.layers.angular import AngularLayer
-from spherify.models.inputs import candidate_inputs
 
 FAMILIES = (Path(__file__).parent / "zoo_families.txt").read_text().split()  # the smallest of each
 ON_CPU = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos", "ssd")  # they read their data
@@ -22,18 +22,13 @@ HARD = [  # what trips converters: dynamic padding, standardised and functional 
     *("torchvision:swin_t", "torchvision:swin_v2_t", "torchvision:swin3d_t", "torchvision:vit_b_16"),
     *("torchvision:squeezenet1_0", "torchvision:s3d", "torchvision:googlenet", "torchvision:regnet_y_400mf"),
 ]
-LONG = {"tf_mixnet_m", "vit_base_r50_s16_224", "coat_tiny", "nfnet_f0", "torchvision:swin3d_t"}  # over three seconds
-
-
-def marked(name: str):
-    """The hard ones in every run, the others with the marker ``slow``."""
-    return name if name in HARD and name not in LONG else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
-@pytest.mark.parametrize("name", [marked(name) for name in sorted({*FAMILIES, *HARD})])
+@pytest.mark.parametrize("name", sorted({*FAMILIES, *HARD}))
 def test_every_layer_is_accounted_for_and_the_conversion_holds(name):
     model = build_small(name)
+    inputs, _ = first_run(model, None)
     report = plan(model)
     assert report.decisions
     assert sum(report.summary().values()) == len(report.decisions)
@@ -43,7 +38,7 @@ def test_every_layer_is_accounted_for_and_the_conversion_holds(name):
     assert len(layers) == report.summary()["converted"] > 0
     if any(word in name for word in ON_CPU) or any(parameter.device.type != "meta" for parameter in model.parameters()):
         return
-    outputs = converted.train()(*next(candidate_inputs(model)))
+    outputs = converted.train()(*inputs.args)
     sum(tensor.float().sum() for tensor in tensors_in(outputs) if tensor.requires_grad).backward()
     reached = [layer for layer in layers if layer.weight.grad is not None]
     assert len(reached) == len(layers)

@@ -92,7 +92,7 @@ def main() -> int:
     done = read(arguments.log)
     sweep([name for name in names if name not in done], arguments.workers, arguments.limit, arguments.log)
     results = {name: result for name, result in read(arguments.log).items() if name in set(names)}
-    versions = f"timm {version_of('timm')}, torchvision {version_of('torchvision')}"
+    versions = ", ".join(f"{library} {version_of(library).partition('+')[0]}" for library in ("timm", "torchvision"))
     print(versions)
     print(totals(results))
     return compare(results, versions, write=arguments.write)

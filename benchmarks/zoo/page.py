@@ -43,8 +43,9 @@ def page(table: list[Row], versions: str, totals: str) -> str:
     lines = [
         "# The zoo",
         "",
-        f"Every model of {versions} that can be built by name, planned, converted (operator cosine) and verified in",
-        "eval and train mode by `python -m benchmarks.zoo`, which writes this page.",
+        f"Every model of {versions} that can be built by name: planned, converted (operator",
+        "cosine) and verified in eval and train mode by `python -m benchmarks.zoo`, which writes this page. The models",
+        "that are refused are quantised; four of them are ResNets, with 15 shortcuts more.",
         "",
         "```",
         totals,

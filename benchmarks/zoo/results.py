@@ -77,13 +77,15 @@ def totals(results: dict[str, Result]) -> str:
         for result in results.values()
     )
     shortcuts = [result["conv_shortcuts"] for result in results.values() if result.get("conv_shortcuts")]
+    linear = [result["linear_shortcuts"] for result in results.values() if result.get("linear_shortcuts")]
     failed = outcomes.pop("failed", 0)
     seconds = sorted(result["seconds"] for result in results.values() if "seconds" in result)
     lines = [
         f"models {len(results)}, failed {failed}, "
         + ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items())),
         f"sites {sites}, silently unaccounted {sites - accounted}",
-        f"1x1 convolution shortcuts found {sum(shortcuts)} in {len(shortcuts)} models",
+        f"1x1 convolution shortcuts found {sum(shortcuts)} in {len(shortcuts)} models, "
+        f"linear ones {sum(linear)} in {len(linear)}",
     ]
     if seconds:
         middle = seconds[len(seconds) // 2]

@@ -79,6 +79,7 @@ def examine(name: str) -> dict[str, Any]:
         "roles": dict(sorted(roles.items())),
         "shortcuts": [d.site.name for d in report.decisions if "@shortcut" in d.site.roles],
         "conv_shortcuts": len(convs),
+        "linear_shortcuts": roles["@shortcut"] - len(convs),
         "heads": [d.site.name for d in report.decisions if "@head" in d.site.roles],
         "notes": list(report.notes),
         "plan_seconds": round(planned - start, 2),

@@ -150,6 +150,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(row + 3 * filters + o, tl.sum(both, 1), mask=is_one)
         if HAS_LENGTH:
             slope = slope * tl.load(length + o, mask=is_one, other=0.0)[:, None]
+        if HAS_GAIN and OPERATOR == 0:  # not in ``part``: the output of the cosine holds it already
+            slope = slope * tl.load(gain + o, mask=is_one, other=0.0)[:, None]
         slope = slope * scale[None, :]
         slope = tl.where(slope > largest, largest, tl.where(slope < -largest, -largest, slope))
         tl.store(by_product + offset, slope.to(by_product.dtype.element_ty), mask=mask)

@@ -25,7 +25,7 @@ def stem_calls(flow: Flow) -> Iterator[fx.Node]:
 
 
 def shortcuts(view: View) -> set[str]:
-    """The 1x1 convolution on the short side of a residual add."""
+    """The 1x1 convolution, or the linear layer on tokens, on the short side of a residual add."""
     return view.layers_of(shortcut_calls)
 
 

@@ -73,6 +73,24 @@ def test_shortcuts_of_a_regnet_of_torchvision_are_its_projections():
     assert names_with("@shortcut", model) == expected
 
 
+LINEAR_SHORTCUTS = [
+    ("hiera_tiny_224", r"blocks\.\d+\.proj", 3),
+    ("mvitv2_tiny", r"shortcut_proj_attn", 3),
+    pytest.param("mvitv2_small_cls", r"shortcut_proj_attn", 3, marks=SLOW),  # the class token put aside and back
+    pytest.param("torchvision:mvit_v1_b", r"blocks\.\d+\.project", 3, marks=SLOW),
+    pytest.param("torchvision:mvit_v2_s", r"blocks\.\d+\.project", 3, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "count"), LINEAR_SHORTCUTS)
+def test_linear_projections_of_tokens_are_shortcuts(name, pattern, count):
+    model = hollow(name)
+    linears = {path for path, part in model.named_modules() if isinstance(part, nn.Linear)}
+    expected = {path for path in linears if re.search(rf"(^|\.){pattern}$", path)}
+    assert len(expected) == count
+    assert names_with("@shortcut", model) == expected
+
+
 WITHOUT_SHORTCUTS = [
     "repvgg_a0",  # branches side by side, of one conv each
     "mobileone_s0",  # up to four branches side by side
@@ -82,6 +100,8 @@ WITHOUT_SHORTCUTS = [
     "deit_tiny_distilled_patch16_224",  # averages two heads
     "torchvision:lraspp_mobilenet_v3_large",  # adds a 1x1 of early features to upsampled ones
     "torchvision:squeezenet1_0",
+    pytest.param("tnt_s_legacy_patch16_224", marks=SLOW),  # a stream of patches beside one of pixels
+    pytest.param("vit_small_patch16_18x2_224", marks=SLOW),  # blocks side by side
     pytest.param("fastvit_t8", marks=SLOW),
     pytest.param("nasnetalarge", marks=SLOW),
     pytest.param("pnasnet5large", marks=SLOW),  # sums side by side, concatenated
@@ -121,6 +141,31 @@ def test_a_depthwise_conv_before_the_projection_changes_nothing():
     skip = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.Conv2d(3, 8, 1))
     main = nn.Sequential(conv_bn(3, 8), conv_bn(8, 8), conv_bn(8, 8))
     assert names_with("@shortcut", residual_with(skip, main), image()) == {"skip.1"}
+
+
+class Tokens(nn.Module):
+    """A residual block on tokens whose short side is a projection, with more beside it."""
+
+    def __init__(self, short):
+        super().__init__()
+        self.one, self.two, self.short = nn.Linear(4, 16), nn.Linear(16, 8), short
+
+    def forward(self, x):
+        return self.short(x) + self.two(F.gelu(self.one(x)))
+
+
+def test_a_projection_of_tokens_is_a_shortcut():
+    assert names_with("@shortcut", Tokens(nn.Linear(4, 8)), torch.rand(2, 5, 4)) == {"short"}
+
+
+@pytest.mark.parametrize("behind", [nn.GELU(), nn.LayerNorm(8)], ids=["activation", "norm"])
+def test_a_branch_of_tokens_with_an_activation_or_a_norm_is_no_shortcut(behind):
+    model = Tokens(nn.Sequential(nn.Linear(4, 8), behind))
+    assert names_with("@shortcut", model, torch.rand(2, 5, 4)) == set()
+
+
+def test_a_sum_of_two_classifiers_has_no_shortcut():
+    assert names_with("@shortcut", Tokens(nn.Linear(4, 8)), torch.rand(2, 4)) == set()
 
 
 NO_SHORTCUTS = {
