@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from real_data import loaders, shared_data
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from benchmarks.cifar_resnet import CifarResNet
 from spherify import load, save, spherify
 from spherify.errors import FileError, OptionError
 from spherify.models.checkpoint import load_checkpoint_, read_checkpoint
@@ -257,51 +257,9 @@ def test_keys_that_do_not_fit_are_named_and_the_model_stays_as_it_was(tmp_path, 
 # ---------------------------------------------------------------------------------------------- a real network
 
 
-class Shortcut(nn.Module):
-    """Option A of He et al. 2016: every second pixel, and zeros for the new channels."""
-
-    def __init__(self, added: int) -> None:
-        super().__init__()
-        self.added = added
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added // 2))
-
-
-class Block(nn.Module):
-    def __init__(self, channels: int, filters: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(filters)
-        self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(filters)
-        self.shortcut = nn.Identity() if stride == 1 else Shortcut(filters - channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-class CifarResNet20(nn.Module):
-    """The network of akamaster/pytorch_resnet_cifar10, whose weights these are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(out.mean((2, 3)))
-
-
 @pytest.fixture(scope="module")
-def pretrained() -> CifarResNet20:
-    model = CifarResNet20()
+def pretrained() -> CifarResNet:
+    model = CifarResNet(20)
     load_checkpoint_(model, shared_data() / "cifar10" / "resnet20-12fca82f.th")
     return model.eval()
 
@@ -330,7 +288,7 @@ def test_a_network_with_real_weights_is_converted_saved_and_loaded(pretrained, t
     images = test_images[0][:50]
     converted = spherify(pretrained, operator="cosine", example_input=images[:2]).eval()
     assert torch.equal(converted.layer3[2].conv2.weight, pretrained.layer3[2].conv2.weight)
-    loaded = load(save(converted, tmp_path / "resnet20"), base=CifarResNet20()).eval()
+    loaded = load(save(converted, tmp_path / "resnet20"), base=CifarResNet(20)).eval()
     with torch.no_grad():
         outputs = converted(images)
         assert torch.equal(loaded(images), outputs)
