@@ -78,8 +78,7 @@ def patch_inverse_norm(
     return window_sum(energy_of(x, groups), window, stride, padding, dilation).add_(eps).rsqrt_()
 
 
-@torch.library.custom_op("spherify::sphere_product", mutates_args=())
-def sphere_product(
+def product_and_rest(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -122,6 +121,9 @@ def sphere_product(
     return out if offset is None else out.add_(offset), inverse, response
 
 
+sphere_product = torch.library.custom_op("spherify::sphere_product", product_and_rest, mutates_args=())
+
+
 @sphere_product.register_fake
 def _(x, weight, bias, gain, k, stride, padding, dilation, groups, operator, fixed_k, eps, compute):  # type: ignore[no-untyped-def]
     out = multiply(x.to(compute), weight.to(compute), stride, padding, dilation, groups)
@@ -134,10 +136,22 @@ def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     x, weight, bias, gain, k, *ctx.numbers = inputs
     out, inverse, response = output
     is_kept_apart = response.dim() > 1
-    # Not through save_for_backward: a ReLU in place right behind may change it, which the plain layer would allow.
-    ctx.answer = response if is_kept_apart else out.detach()
-    ctx.version = ctx.answer._version
+    keep(ctx, response if is_kept_apart else out.detach())
     ctx.save_for_backward(x, weight, bias, gain, k, inverse)
+
+
+def keep(ctx: Any, answer: Tensor | None) -> None:
+    """Not through save_for_backward: a ReLU in place right behind may change it, which the plain layer would allow."""
+    ctx.answer, ctx.version = answer, None if answer is None else answer._version
+
+
+def taken_from(ctx: Any) -> Tensor | None:
+    """What was kept, which is let go: a second backward pass through the graph finds None and computes it again.
+
+    None also where it was changed in place.
+    """
+    answer, ctx.answer = ctx.answer, None
+    return answer if answer is not None and answer._version == ctx.version else None
 
 
 def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -145,8 +159,8 @@ def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         grads = differentiable_backward(ctx, gradient, x, weight, bias, gain, k)
     else:
-        answer = ctx.answer
-        if answer._version != ctx.version:
+        answer = taken_from(ctx)
+        if answer is None:
             out, _, response = sphere_product(x, weight, bias, gain, k, *ctx.numbers)
             answer = response if response.dim() > 1 else out
         grads = fast_backward(ctx, gradient, answer, x, weight, bias, gain, k, inverse)

@@ -18,7 +18,8 @@ from spherify.functional.cosine import (
     padding_at_both_ends,
     per_axis,
 )
-from spherify.functional.fused import sphere_product, takes, type_of_product
+from spherify.functional.eager import SphereProduct, sphere_product_forward
+from spherify.functional.fused import takes, type_of_product
 from spherify.functional.responses import RESPONSES, checked_k, response_named
 
 Size = int | Sequence[int]
@@ -176,7 +177,8 @@ def fused(
         if isinstance(value, Tensor):
             per_filter(value, weight.shape[0], 0, name)
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
-    return sphere_product(x, weight, bias, gain, soft, *window, groups, operator, number, eps, compute)[0]
+    arguments = (x, weight, bias, gain, soft, *window, groups, operator, number, eps, compute)
+    return SphereProduct.apply(*arguments) if torch.is_grad_enabled() else sphere_product_forward(*arguments)
 
 
 def sphere_conv1d(

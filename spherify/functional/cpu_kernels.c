@@ -1,0 +1,567 @@
+/* The elementwise part of SphereConv on the CPU, in float32, each in one pass over its tensors.
+
+   Compiled on first use and called by cpu_kernels.py. A tensor (N, O, S) lies either with its positions innermost
+   ("planes": strides O S, S, 1) or with its filters innermost ("rows": linear layers and channels-last maps, one
+   group, strides S O, 1, O). Loops over the innermost dimension are written for the compiler to vectorise; no
+   -ffast-math, so that a NaN stays one. Sums over many numbers end in double. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+enum { COSINE, LINEAR, SIGMOID };
+enum { TILE = 2048, ROWS_A_SUM = 64 };
+static const float HALF_PI = 1.57079632679489662f, TWO_OVER_PI = 0.63661977236758134f;
+
+INLINE float least(float a, float b) { return a < b ? a : b; } /* b if it is NaN */
+INLINE float most(float a, float b) { return a > b ? a : b; }
+INLINE float within(float x, float guard) { return most(-guard, least(guard, x)); }
+INLINE float with_sign(float size, float x) { return x < 0.0f ? -size : size; }
+
+/* Cephes' polynomial, relative error 2e-7. */
+INLINE float asin_of(float x) {
+    float size = fabsf(x);
+    int is_large = size > 0.5f;
+    float z = is_large ? 0.5f * (1.0f - size) : size * size;
+    float root = is_large ? sqrtf(z) : size;
+    float p = (((4.2163199048e-2f * z + 2.4181311049e-2f) * z + 4.5470025998e-2f) * z + 7.4953002686e-2f) * z
+              + 1.6666752422e-1f;
+    float found = root + root * z * p;
+    return with_sign(is_large ? HALF_PI - 2.0f * found : found, x);
+}
+
+/* sin on [-pi/2, pi/2]: Taylor's polynomial, whose first term left out is 7e-10. */
+INLINE float sin_of(float x) {
+    float z = x * x;
+    float p = ((((1.6059043837e-10f * z - 2.5052108385e-8f) * z + 2.7557319224e-6f) * z - 1.9841269841e-4f) * z
+               + 8.3333333333e-3f) * z - 1.6666666667e-1f;
+    return x + x * z * p;
+}
+
+/* e^x for x in [-87, 0]; Cephes. */
+INLINE float exp_of(float x) {
+    float whole = rintf(x * 1.44269504088896341f);
+    float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    union { int bits; float value; } power = {((int)whole + 127) << 23};
+    return (p * r * r + r + 1.0f) * power.value;
+}
+
+/* log x for finite x >= 1; Cephes. */
+INLINE float log_of(float x) {
+    union { float value; int bits; } u = {x};
+    int shifted = u.bits - 0x3f3504f3; /* sqrt(1/2) */
+    float e = (float)(shifted >> 23);
+    u.bits = (shifted & 0x007fffff) + 0x3f3504f3;
+    float m = u.value - 1.0f, z = m * m;
+    float p = ((((((((7.0376836292e-2f * m - 1.1514610310e-1f) * m + 1.1676998740e-1f) * m - 1.2420140846e-1f) * m
+                  + 1.4249322787e-1f) * m - 1.6668057665e-1f) * m + 2.0000714765e-1f) * m - 2.4999993993e-1f) * m
+               + 3.3333331174e-1f) * m * z;
+    return m + (p - 2.12194440e-4f * e - 0.5f * z) + 0.693359375f * e;
+}
+
+INLINE float tanh_of(float x) {
+    float size = fabsf(x), z = size * size;
+    float p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z
+              - 3.33332819422e-1f;
+    float near = size + size * z * p;
+    float e = exp_of(-2.0f * least(size, 40.0f));
+    return with_sign(size < 0.625f ? near : (1.0f - e) / (1.0f + e), x);
+}
+
+/* For |x| < 1. */
+INLINE float atanh_of(float x) {
+    float size = fabsf(x), z = size * size;
+    float p = (((((7.6923077e-2f * z + 9.0909091e-2f) * z + 1.1111111e-1f) * z + 1.4285714e-1f) * z + 0.2f) * z
+               + 3.3333333e-1f) * z;
+    float far = 0.5f * log_of((1.0f + size) / (1.0f - size));
+    return with_sign(size < 0.3f ? size + size * p : far, x);
+}
+
+/* The response to a cosine; `steep` is 1 / 2k and `rise` 1 / tanh(pi / 4k). */
+INLINE float respond(float cosine, int operator, float guard, float steep, float rise) {
+    float c = within(cosine, guard);
+    if (operator == LINEAR) return asin_of(c) * TWO_OVER_PI;
+    if (operator == SIGMOID) return tanh_of(asin_of(c) * steep) * rise;
+    return c;
+}
+
+typedef struct { float slope, cosine, rise, angle; } Slope;
+
+/* From the response back to its cosine, and the gradient times the slope there. */
+INLINE Slope slope_at(float answer, float gradient, int operator, float guard, float step, float steep, float end) {
+    Slope found = {gradient, answer, 0.0f, 0.0f};
+    float angle;
+    if (operator == COSINE) return found;
+    if (operator == LINEAR) {
+        angle = answer * HALF_PI;
+        found.slope = gradient * TWO_OVER_PI;
+    } else {
+        float t = answer * end;
+        found.rise = (1.0f - t * t) * gradient;
+        found.angle = atanh_of(within(t, guard));
+        angle = found.angle / steep;
+        found.slope = found.rise * (steep / end);
+    }
+    found.cosine = sin_of(within(angle, HALF_PI));
+    found.slope /= sqrtf(most(step, 1.0f - found.cosine * found.cosine));
+    return found;
+}
+
+INLINE float at(const float *values, long o, float otherwise) { return values ? values[o] : otherwise; }
+
+/* ---- norms ---- */
+
+typedef struct {
+    long images, channels, groups, height, width, out_height, out_width; /* height 1 for one dimension */
+    long window[2], stride[2], padding[2], dilation[2];
+    int channels_last, threads;
+} Window;
+
+/* energy[s] += sum over channels of x^2, for `count` positions, eight channels at a time. */
+INLINE void add_squares(const float *x, long channels, long stride, long count, float *restrict energy) {
+    long c = 0;
+    for (; c + 8 <= channels; c += 8) {
+        const float *r = x + c * stride;
+#pragma omp simd
+        for (long s = 0; s < count; s++) {
+            float a = r[s] * r[s] + r[s + stride] * r[s + stride];
+            float b = r[s + 2 * stride] * r[s + 2 * stride] + r[s + 3 * stride] * r[s + 3 * stride];
+            float d = r[s + 4 * stride] * r[s + 4 * stride] + r[s + 5 * stride] * r[s + 5 * stride];
+            float e = r[s + 6 * stride] * r[s + 6 * stride] + r[s + 7 * stride] * r[s + 7 * stride];
+            energy[s] += (a + b) + (d + e);
+        }
+    }
+    for (; c < channels; c++) {
+        const float *r = x + c * stride;
+#pragma omp simd
+        for (long s = 0; s < count; s++) energy[s] += r[s] * r[s];
+    }
+}
+
+INLINE float squares_of_row(const float *x, long channels) {
+    double total = 0.0;
+    for (long first = 0; first < channels; first += 512) {
+        float part = 0.0f;
+        long count = channels - first < 512 ? channels - first : 512;
+#pragma omp simd reduction(+ : part)
+        for (long c = 0; c < count; c++) part += x[first + c] * x[first + c];
+        total += part;
+    }
+    return (float)total;
+}
+
+/* inverse[row] = scale / sqrt(|x[row]|^2 + eps). */
+void inverse_lengths(const float *x, float *inverse, long rows, long channels, float eps, float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long row = 0; row < rows; row++)
+        inverse[row] = scale / sqrtf(squares_of_row(x + row * channels, channels) + eps);
+}
+
+/* to[i] = sum of `size` numbers of `from`, `gap` apart, beginning at i step, for `count` i. */
+INLINE void sums_of(const float *restrict from, float *restrict to, long count, const long size, const long gap,
+                    const long step) {
+#pragma omp simd
+    for (long i = 0; i < count; i++) {
+        float total = from[i * step];
+        for (long u = 1; u < size; u++) total += from[i * step + u * gap];
+        to[i] = total;
+    }
+}
+
+static void window_sums(const float *from, float *to, long count, long size, long gap, long step) {
+    if (size == 1 && step == 1) memcpy(to, from, count * sizeof(float));
+    else if (size == 3 && step == 1) sums_of(from, to, count, 3, gap, 1);
+    else if (size == 3 && step == 2) sums_of(from, to, count, 3, gap, 2);
+    else if (size == 5 && step == 1) sums_of(from, to, count, 5, gap, 1);
+    else if (size == 7 && step == 1) sums_of(from, to, count, 7, gap, 1);
+    else {
+        for (long i = 0; i < count; i++) to[i] = from[i * step];
+        for (long u = 1; u < size; u++)
+            for (long i = 0; i < count; i++) to[i] += from[i * step + u * gap];
+    }
+}
+
+/* A padded map (wide x ...) to sums over windows, `out_height` x `out_width` of them, rows `wide` apart in `to`.
+   `between` and `to` have room for out_height x wide numbers, and the map's last row for `wide` more behind it. */
+INLINE void box_sums(const float *map, float *between, float *to, long wide, long out_height, long out_width,
+                     const long *window, const long *step, const long *gap) {
+    if (step[0] == 1)
+        window_sums(map, between, out_height * wide, window[0], gap[0] * wide, 1);
+    else
+        for (long p = 0; p < out_height; p++)
+            window_sums(map + p * step[0] * wide, between + p * wide, wide, window[0], gap[0] * wide, 1);
+    if (step[1] == 1)
+        window_sums(between, to, out_height * wide - (window[1] - 1) * gap[1], window[1], gap[1], 1);
+    else
+        for (long p = 0; p < out_height; p++)
+            window_sums(between + p * wide, to + p * wide, out_width, window[1], gap[1], step[1]);
+}
+
+/* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
+int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    long pixels = w->height * w->width, positions = w->out_height * w->out_width;
+    long channels = w->channels / w->groups, tasks = w->images * w->groups;
+    long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];
+    int is_pointwise = w->window[0] * w->window[1] == 1 && w->padding[0] + w->padding[1] == 0
+                       && w->stride[0] * w->stride[1] == 1;
+    int failed = 0;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *energy = malloc(pixels * sizeof(float));
+        float *map = calloc((high + 2 * w->out_height) * wide, sizeof(float));
+        float *between = map + high * wide, *sums = between + w->out_height * wide;
+        failed |= energy == NULL || map == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            if (energy == NULL || map == NULL) continue;
+            long n = task / w->groups, g = task % w->groups;
+            float *out = inverse + task * positions;
+            if (w->channels_last) {
+                for (long s = 0; s < pixels; s++)
+                    energy[s] = squares_of_row(x + (n * pixels + s) * w->channels, channels);
+            } else {
+                memset(energy, 0, pixels * sizeof(float));
+                const float *start = x + (n * w->channels + g * channels) * pixels;
+                for (long s = 0; s < pixels; s += TILE)
+                    add_squares(start + s, channels, pixels, pixels - s < TILE ? pixels - s : TILE, energy + s);
+            }
+            if (is_pointwise) {
+#pragma omp simd
+                for (long s = 0; s < positions; s++) out[s] = scale / sqrtf(energy[s] + eps);
+                continue;
+            }
+            for (long h = 0; h < w->height; h++)
+                memcpy(map + (h + w->padding[0]) * wide + w->padding[1], energy + h * w->width,
+                       w->width * sizeof(float));
+            box_sums(map, between, sums, wide, w->out_height, w->out_width, w->window, w->stride, w->dilation);
+#pragma omp simd
+            for (long s = 0; s < w->out_height * wide; s++) between[s] = scale / sqrtf(sums[s] + eps);
+            for (long p = 0; p < w->out_height; p++)
+                memcpy(out + p * w->out_width, between + p * wide, w->out_width * sizeof(float));
+        }
+        free(energy);
+        free(map);
+    }
+    return failed;
+}
+
+/* by_x -= x a, where a spreads along inverse^2 of each patch over the patch's pixels: the sums over windows of a map
+   in which each patch's number stands where its last pixel is. */
+int subtract_along(float *by_x, const float *x, const float *along, const float *inverse, const Window *w) {
+    long pixels = w->height * w->width, positions = w->out_height * w->out_width;
+    long channels = w->channels / w->groups, tasks = w->images * w->groups;
+    long reach[2] = {(w->window[0] - 1) * w->dilation[0], (w->window[1] - 1) * w->dilation[1]}, one[2] = {1, 1};
+    long wide = w->width + reach[1], high = w->height + reach[0];
+    int failed = 0;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *map = calloc((high + 2 * w->height) * wide, sizeof(float)), *spread = malloc(pixels * sizeof(float));
+        float *between = map + high * wide, *sums = between + w->height * wide;
+        failed |= map == NULL || spread == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            if (map == NULL || spread == NULL) continue;
+            for (long p = 0; p < w->out_height; p++) {
+                long h = p * w->stride[0] + reach[0] - w->padding[0];
+                if (h < 0 || h >= high) continue;
+                for (long q = 0; q < w->out_width; q++) {
+                    long column = q * w->stride[1] + reach[1] - w->padding[1], s = task * positions + p * w->out_width + q;
+                    if (column >= 0 && column < wide) map[h * wide + column] = along[s] * (inverse[s] * inverse[s]);
+                }
+            }
+            box_sums(map, between, sums, wide, w->height, w->width, w->window, one, w->dilation);
+            for (long h = 0; h < w->height; h++)
+                memcpy(spread + h * w->width, sums + h * wide, w->width * sizeof(float));
+            if (w->channels_last) {
+                for (long s = 0; s < pixels; s++) {
+                    float *to = by_x + (task * pixels + s) * channels;
+                    const float *from = x + (task * pixels + s) * channels;
+#pragma omp simd
+                    for (long c = 0; c < channels; c++) to[c] -= from[c] * spread[s];
+                }
+                continue;
+            }
+            for (long c = 0; c < channels; c++) {
+                float *to = by_x + (task * channels + c) * pixels;
+                const float *from = x + (task * channels + c) * pixels;
+#pragma omp simd
+                for (long s = 0; s < pixels; s++) to[s] -= from[s] * spread[s];
+            }
+        }
+        free(map);
+        free(spread);
+    }
+    return failed;
+}
+
+/* ---- forward ---- */
+
+typedef struct {
+    const float *inverse, *length, *steep, *rise, *end, *gain, *bias; /* NULL where there is none */
+    const float *offset, *unscale; /* what was saved less offset, times unscale, is the response; backward alone */
+    long images, filters, positions, groups;
+    float guard, step, low, high;
+    int operator, channels_last, threads;
+} Elementwise;
+
+INLINE float finish(float response, float gain, float bias, float low, float high) {
+    return least(high, most(low, response * gain + bias));
+}
+
+/* One filter over some positions. */
+INLINE void forward_run(float *restrict out, float *restrict kept, const float *inverse, long count,
+                        const Elementwise *e, long o, const int operator, const int keeps) {
+    float length = at(e->length, o, 1.0f), steep = at(e->steep, o, 1.0f), rise = at(e->rise, o, 1.0f);
+    float gain = at(e->gain, o, 1.0f), bias = at(e->bias, o, 0.0f);
+    float guard = e->guard, low = e->low, high = e->high;
+#pragma omp simd
+    for (long s = 0; s < count; s++) {
+        float r = respond(out[s] * inverse[s] * length, operator, guard, steep, rise);
+        if (keeps) kept[s] = r;
+        out[s] = finish(r, gain, bias, low, high);
+    }
+}
+
+static void forward_planes(float *product, float *kept, const Elementwise *e) {
+    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
+    long tasks = e->images * e->groups * tiles;
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
+    for (long task = 0; task < tasks; task++) {
+        long outer = task / tiles, first = (task % tiles) * TILE, g = outer % e->groups;
+        long count = e->positions - first < TILE ? e->positions - first : TILE;
+        const float *inverse = e->inverse + outer * e->positions + first;
+        for (long f = 0; f < filters; f++) {
+            long o = g * filters + f, place = (outer * filters + f) * e->positions + first;
+            float *out = product + place, *also = kept == NULL ? NULL : kept + place;
+            if (e->operator == COSINE) forward_run(out, also, inverse, count, e, o, COSINE, 0);
+            else if (e->operator == LINEAR && also == NULL) forward_run(out, also, inverse, count, e, o, LINEAR, 0);
+            else if (e->operator == LINEAR) forward_run(out, also, inverse, count, e, o, LINEAR, 1);
+            else if (also == NULL) forward_run(out, also, inverse, count, e, o, SIGMOID, 0);
+            else forward_run(out, also, inverse, count, e, o, SIGMOID, 1);
+        }
+    }
+}
+
+/* All filters at one position. */
+INLINE void forward_row(float *restrict out, float *restrict kept, float inverse, const Elementwise *e,
+                        const int operator, const int keeps, const int is_full) {
+    float guard = e->guard, low = e->low, high = e->high;
+    const float *length = e->length, *gain = e->gain, *bias = e->bias, *steep = e->steep, *rise = e->rise;
+#pragma omp simd
+    for (long o = 0; o < e->filters; o++) {
+        float c = out[o] * inverse * (is_full ? length[o] : 1.0f);
+        float r = respond(c, operator, guard, operator == SIGMOID ? steep[o] : 1.0f,
+                          operator == SIGMOID ? rise[o] : 1.0f);
+        if (keeps) kept[o] = r;
+        out[o] = is_full ? finish(r, gain[o], bias[o], low, high) : finish(r, 1.0f, 0.0f, low, high);
+    }
+}
+
+static void forward_rows(float *product, float *kept, const Elementwise *e) {
+    int is_full = e->length && e->gain && e->bias;
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
+    for (long row = 0; row < e->images * e->positions; row++) {
+        float *out = product + row * e->filters, *also = kept == NULL ? NULL : kept + row * e->filters;
+        float inverse = e->inverse[row];
+        if (e->operator == COSINE) {
+            if (is_full) forward_row(out, also, inverse, e, COSINE, 0, 1);
+            else forward_row(out, also, inverse, e, COSINE, 0, 0);
+        } else if (e->operator == LINEAR) {
+            if (also != NULL) forward_row(out, also, inverse, e, LINEAR, 1, 1);
+            else if (is_full) forward_row(out, also, inverse, e, LINEAR, 0, 1);
+            else forward_row(out, also, inverse, e, LINEAR, 0, 0);
+        } else {
+            if (also != NULL) forward_row(out, also, inverse, e, SIGMOID, 1, 1);
+            else if (is_full) forward_row(out, also, inverse, e, SIGMOID, 0, 1);
+            else forward_row(out, also, inverse, e, SIGMOID, 0, 0);
+        }
+    }
+}
+
+/* product = g(product inverse length) gain + bias, clamped to [low, high]; `kept` takes the response before that.
+   Nothing is kept for the cosine. Rows want all of length, gain and bias, or none of them and then nothing kept. */
+void forward(float *product, float *kept, const Elementwise *e) {
+    if (e->channels_last) forward_rows(product, kept, e);
+    else forward_planes(product, kept, e);
+}
+
+/* ---- backward ---- */
+
+typedef struct {
+    const float *gradient;
+    const float *saved; /* the output; NULL where it is not needed */
+    float *product, *along;
+    float *sums; /* (4, O): of the gradient, with the response, for k, along the filter */
+} Backward;
+
+typedef struct { float total, with_answer, for_k, along; } Sums;
+
+/* One filter over some positions. */
+INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, long count, const Elementwise *e, long o, const int operator) {
+    float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
+    float offset = at(e->offset, o, 0.0f), unscale = at(e->unscale, o, 1.0f), guard = e->guard, step = e->step;
+    float factor = at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f);
+    float before = operator == COSINE ? 1.0f : gain;
+    float total = 0.0f, with_answer = 0.0f, for_k = 0.0f, along_filter = 0.0f;
+#pragma omp simd reduction(+ : total, with_answer, for_k, along_filter)
+    for (long s = 0; s < count; s++) {
+        float d = gradient[s], answer = (saved[s] - offset) * unscale;
+        Slope at_s = slope_at(answer, d * before, operator, guard, step, steep, end);
+        float a = at_s.cosine * at_s.slope;
+        total += d;
+        if (operator != COSINE) with_answer += d * answer;
+        if (operator == SIGMOID) for_k += at_s.rise * at_s.angle;
+        along_filter += a;
+        along[s] += a;
+        product[s] = at_s.slope * factor * inverse[s];
+    }
+    return (Sums){total, with_answer, for_k, along_filter};
+}
+
+static void backward_planes(const Backward *b, double *totals, const Elementwise *e) {
+    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
+    long tasks = e->images * e->groups * tiles, all = e->filters;
+#pragma omp parallel num_threads(e->threads) if (e->threads > 1)
+    {
+        double *sums = totals + omp_get_thread_num() * 4 * all;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            long outer = task / tiles, first = (task % tiles) * TILE, g = outer % e->groups;
+            long count = e->positions - first < TILE ? e->positions - first : TILE;
+            const float *inverse = e->inverse + outer * e->positions + first;
+            float *along = b->along + outer * e->positions + first;
+            memset(along, 0, count * sizeof(float));
+            for (long f = 0; f < filters; f++) {
+                long o = g * filters + f, place = (outer * filters + f) * e->positions + first;
+                const float *gradient = b->gradient + place, *saved = b->saved + place;
+                float *product = b->product + place;
+                Sums found = e->operator == COSINE
+                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, COSINE)
+                             : e->operator == LINEAR
+                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, LINEAR)
+                                 : backward_run(gradient, saved, inverse, product, along, count, e, o, SIGMOID);
+                sums[o] += found.total;
+                sums[all + o] += found.with_answer;
+                sums[2 * all + o] += found.for_k;
+                sums[3 * all + o] += found.along;
+            }
+        }
+    }
+}
+
+/* All filters at one position; sums over positions are added to `part`, (4, O). Returns what is along the patch. */
+INLINE float backward_row(const float *gradient, const float *saved, float inverse, float *restrict product,
+                          float *restrict part, const Elementwise *e, const int operator, const int has_saved) {
+    const float *length = e->length, *gains = e->gain, *steep = e->steep, *end = e->end;
+    const float *offset = e->offset, *unscale = e->unscale;
+    float *restrict total = part, *restrict with_answer = part + e->filters;
+    float *restrict for_k = part + 2 * e->filters, *restrict along_filter = part + 3 * e->filters;
+    float along = 0.0f, guard = e->guard, step = e->step;
+#pragma omp simd reduction(+ : along)
+    for (long o = 0; o < e->filters; o++) {
+        float d = gradient[o], answer = has_saved ? (saved[o] - offset[o]) * unscale[o] : 0.0f;
+        Slope at_o = slope_at(answer, operator == COSINE ? d : d * gains[o], operator, guard, step,
+                              operator == SIGMOID ? steep[o] : 1.0f, operator == SIGMOID ? end[o] : 1.0f);
+        total[o] += d;
+        if (operator != COSINE) with_answer[o] += d * answer;
+        if (operator == SIGMOID) for_k[o] += at_o.rise * at_o.angle;
+        if (has_saved) {
+            float a = at_o.cosine * at_o.slope;
+            along_filter[o] += a;
+            along += a;
+        }
+        product[o] = at_o.slope * length[o] * (operator == COSINE ? gains[o] : 1.0f) * inverse;
+    }
+    return along;
+}
+
+static int backward_rows(const Backward *b, double *totals, const Elementwise *e) {
+    long rows = e->images * e->positions, filters = e->filters, blocks = (rows + ROWS_A_SUM - 1) / ROWS_A_SUM;
+    int failed = 0;
+#pragma omp parallel num_threads(e->threads) if (e->threads > 1) reduction(| : failed)
+    {
+        double *sums = totals + omp_get_thread_num() * 4 * filters;
+        float *part = malloc(4 * filters * sizeof(float));
+        failed |= part == NULL;
+#pragma omp for schedule(static)
+        for (long block = 0; block < blocks; block++) {
+            if (part == NULL) continue;
+            memset(part, 0, 4 * filters * sizeof(float));
+            long last = (block + 1) * ROWS_A_SUM < rows ? (block + 1) * ROWS_A_SUM : rows;
+            for (long row = block * ROWS_A_SUM; row < last; row++) {
+                const float *gradient = b->gradient + row * filters;
+                const float *saved = b->saved == NULL ? NULL : b->saved + row * filters;
+                float *product = b->product + row * filters, inverse = e->inverse[row];
+                float along = saved == NULL           ? backward_row(gradient, saved, inverse, product, part, e, COSINE, 0)
+                              : e->operator == COSINE ? backward_row(gradient, saved, inverse, product, part, e, COSINE, 1)
+                              : e->operator == LINEAR ? backward_row(gradient, saved, inverse, product, part, e, LINEAR, 1)
+                                                      : backward_row(gradient, saved, inverse, product, part, e, SIGMOID, 1);
+                b->along[row] = along;
+            }
+            for (long i = 0; i < 4 * filters; i++) sums[i] += part[i];
+        }
+        free(part);
+    }
+    return failed;
+}
+
+/* What respond_backward of blocks.py finds. For the cosine, what was saved keeps its gain: unscale is 1. Rows want all
+   of length, gain, offset and unscale. */
+int backward(const Backward *b, const Elementwise *e) {
+    double *totals = calloc(e->threads * 4 * e->filters, sizeof(double));
+    if (totals == NULL) return 1;
+    int failed = 0;
+    if (e->channels_last) failed = backward_rows(b, totals, e);
+    else backward_planes(b, totals, e);
+    for (long i = 0; i < 4 * e->filters; i++) {
+        double total = 0.0;
+        for (long t = 0; t < e->threads; t++) total += totals[t * 4 * e->filters + i];
+        b->sums[i] = (float)total;
+    }
+    free(totals);
+    return failed;
+}
+
+/* by_filters -= weight length^2 along, filter by filter: what the gradient has along each filter is taken off. */
+void subtract_along_filters(float *by_filters, const float *weight, const float *length, const float *along,
+                            long filters, long size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long o = 0; o < filters; o++) {
+        float factor = length[o] * length[o] * along[o];
+        float *to = by_filters + o * size;
+        const float *from = weight + o * size;
+#pragma omp simd
+        for (long d = 0; d < size; d++) to[d] -= from[d] * factor;
+    }
+}
+
+/* along[row] = <by[row], x[row]>, and by[row] -= x[row] along inverse^2: for linear layers with the cosine, whose
+   gradient by input and weight tells what lies along them. */
+void subtract_own(float *by, const float *x, const float *inverse, float *along, long rows, long size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long row = 0; row < rows; row++) {
+        float *to = by + row * size;
+        const float *from = x + row * size;
+        double total = 0.0;
+        for (long first = 0; first < size; first += 512) {
+            float part = 0.0f;
+            long count = size - first < 512 ? size - first : 512;
+#pragma omp simd reduction(+ : part)
+            for (long d = 0; d < count; d++) part += to[first + d] * from[first + d];
+            total += part;
+        }
+        along[row] = (float)total;
+        float factor = (float)total * inverse[row] * inverse[row];
+#pragma omp simd
+        for (long d = 0; d < size; d++) to[d] -= from[d] * factor;
+    }
+}

@@ -1,0 +1,367 @@
+"""Kernels in C for the CPU: patch norms, normalise-and-respond and their gradients, each in one pass, in float32.
+
+They are compiled on first use by the C compiler of the machine (a second), kept in the user's cache, and called
+through ctypes. Without a compiler plain operations stand in. ``SPHERIFY_CPU_KERNELS=0`` turns them off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_long, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spherify.functional.c_library import NotCompiled, compiled
+
+CODES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable": 2}
+NUMBERS_A_THREAD = 1 << 15  # below it a second thread costs more than it brings
+
+Pair = c_long * 2
+
+
+class Window(ctypes.Structure):
+    """As in cpu_kernels.c."""
+
+    _fields_ = (
+        *((name, c_long) for name in ("images", "channels", "groups", "height", "width", "out_height", "out_width")),
+        *((name, Pair) for name in ("window", "stride", "padding", "dilation")),
+        ("channels_last", c_int),
+        ("threads", c_int),
+    )
+
+
+class Elementwise(ctypes.Structure):
+    """As in cpu_kernels.c."""
+
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in ("inverse", "length", "steep", "rise", "end", "gain", "bias", "offset", "unscale")
+        ),
+        *((name, c_long) for name in ("images", "filters", "positions", "groups")),
+        *((name, c_float) for name in ("guard", "step", "low", "high")),
+        *((name, c_int) for name in ("operator", "channels_last", "threads")),
+    )
+
+
+class Backward(ctypes.Structure):
+    """As in cpu_kernels.c."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("gradient", "saved", "product", "along", "sums"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they are turned off or cannot be had; ``why_not`` says why."""
+    if os.environ.get("SPHERIFY_CPU_KERNELS") == "0":
+        WHY_NOT.append("SPHERIFY_CPU_KERNELS is 0")
+        return None
+    try:
+        found = compiled(Path(__file__).with_suffix(".c"))
+    except NotCompiled as error:
+        WHY_NOT.append(str(error))
+        return None
+    pointer = c_void_p
+    found.patch_inverse_norm.argtypes = (pointer, pointer, pointer, c_float, c_float)
+    found.subtract_along.argtypes = (pointer, pointer, pointer, pointer, pointer)
+    found.inverse_lengths.argtypes = (pointer, pointer, c_long, c_long, c_float, c_float, c_int)
+    found.inverse_lengths.restype = None
+    found.forward.argtypes = (pointer, pointer, pointer)
+    found.forward.restype = None
+    found.backward.argtypes = (pointer, pointer)
+    found.subtract_along_filters.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
+    found.subtract_along_filters.restype = None
+    found.subtract_own.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
+    found.subtract_own.restype = None
+    return found
+
+
+WHY_NOT: list[str] = []
+
+
+def state() -> str:
+    """One line for reports: whether the kernels are in use here."""
+    return "compiled" if library() is not None else f"not in use ({WHY_NOT[0]}): plain operations stand in"
+
+
+def threads_for(numbers: int) -> int:
+    return max(1, min(torch.get_num_threads(), numbers // NUMBERS_A_THREAD))
+
+
+def is_rows(x: Tensor) -> bool | None:
+    """Whether filters or channels (dimension 1) lie innermost; None where neither they nor the positions do."""
+    if x.dim() == 2:
+        return True if x.is_contiguous() else None
+    if x.is_contiguous():
+        return math.prod(x.shape[2:]) == 1
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    return None
+
+
+def takes(x: Tensor, groups: int) -> bool:
+    """Whether a tensor (N, O, ...) of activations can be given to the kernels."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
+        return False
+    rows = is_rows(x)
+    if rows is None or (rows and groups > 1 and not x.is_contiguous()):
+        return False
+    return library() is not None
+
+
+def lies_in_rows(x: Tensor, groups: int) -> bool:
+    return groups == 1 and bool(is_rows(x))
+
+
+@functools.lru_cache(maxsize=1024)
+def window_of(
+    shape: torch.Size,
+    window: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    rows: bool,
+    threads: int,
+) -> tuple[Window, tuple[int, ...]]:
+    """The description for the kernels, and the output's shape; two dimensions at most."""
+    missing = 2 - len(window)
+    sizes = [*[1] * (4 - len(shape)), *shape[2:]]
+    spread = [
+        [filler] * missing + list(values) for values, filler in ((window, 1), (stride, 1), (padding, 0), (dilation, 1))
+    ]
+    out = [
+        (size + 2 * pad - gap * (taken - 1) - 1) // step + 1
+        for size, taken, step, pad, gap in zip(sizes, *spread, strict=True)
+    ]
+    described = Window(shape[0], shape[1], groups, *sizes, *out, *(Pair(*values) for values in spread), rows, threads)
+    return described, (shape[0], groups, *out[missing:])
+
+
+def described_window(
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Window, tuple[int, ...]]:
+    rows, threads = lies_in_rows(x, groups), threads_for(x.numel())
+    return window_of(x.shape, tuple(window), tuple(stride), tuple(padding), tuple(dilation), groups, rows, threads)
+
+
+def checked(status: int) -> None:
+    if status:
+        raise MemoryError("spherify's CPU kernels: out of memory.")
+
+
+def patch_inverse_norm(
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale / |patch|: (N, C, H, W) to (N, G, P, Q); one dimension and none (linear layers) likewise."""
+    kernels = library()
+    assert kernels is not None
+    if lies_in_rows(x, groups) and math.prod(window) == 1 and not any(padding) and all(step == 1 for step in stride):
+        out = x.new_empty((x.shape[0], 1, *x.shape[2:]))
+        kernels.inverse_lengths(
+            x.data_ptr(), out.data_ptr(), out.numel(), x.shape[1], eps, scale, threads_for(x.numel())
+        )
+        return out
+    described, sizes = described_window(x, window, stride, padding, dilation, groups)
+    out = x.new_empty(sizes)
+    checked(kernels.patch_inverse_norm(x.data_ptr(), out.data_ptr(), ctypes.byref(described), eps, scale))
+    return out
+
+
+def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
+    """(O,): 1 / |w| of each filter of a contiguous weight."""
+    kernels = library()
+    assert kernels is not None
+    rows = weight.shape[0]
+    out = weight.new_empty(rows)
+    threads = threads_for(weight.numel())
+    kernels.inverse_lengths(weight.data_ptr(), out.data_ptr(), rows, weight.numel() // rows, eps, 1.0, threads)
+    return out
+
+
+def subtract_along_(
+    by_x: Tensor,
+    x: Tensor,
+    along: Tensor,
+    inverse: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """``by_x - x spread``, in place, with ``along inverse^2`` of each patch spread over its pixels."""
+    kernels = library()
+    assert kernels is not None
+    described, _ = described_window(x, window, stride, padding, dilation, along.shape[1])
+    pointers = (tensor.data_ptr() for tensor in (by_x, x, along, inverse))
+    checked(kernels.subtract_along(*pointers, ctypes.byref(described)))
+    return by_x
+
+
+def subtract_along_filters_(by_filters: Tensor, weight: Tensor, length: Tensor, along: Tensor) -> Tensor:
+    """``by_filters - weight length^2 along``, in place, for contiguous weights (O, ...) and (O,) numbers."""
+    kernels = library()
+    assert kernels is not None
+    filters, numbers = weight.shape[0], weight.numel()
+    pointers = (tensor.data_ptr() for tensor in (by_filters, weight, length, along))
+    kernels.subtract_along_filters(*pointers, filters, numbers // filters, threads_for(numbers))
+    return by_filters
+
+
+def subtract_own_(by: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """``by - x <by, x> inverse^2`` row by row, in place, for contiguous (R, D) and R numbers; the products, (R,)."""
+    kernels = library()
+    assert kernels is not None
+    rows, size = x.shape
+    along = by.new_empty(rows)
+    pointers = (tensor.data_ptr() for tensor in (by, x, inverse, along))
+    kernels.subtract_own(*pointers, rows, size, threads_for(x.numel()))
+    return along
+
+
+BY_FILTER = dict(length=1.0, steep=1.0, rise=1.0, end=1.0, gain=1.0, bias=0.0, offset=0.0, unscale=1.0)
+ByFilter = float | Tensor | None
+
+
+def by_filter(value: ByFilter, filters: int) -> Tensor | None:
+    """(O,) contiguous."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((filters,), value)
+    if value.dtype == torch.float32 and value.numel() == filters and value.is_contiguous():
+        return value
+    return value.detach().to(torch.float32).reshape(-1).expand(filters).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def filler(value: float, filters: int) -> Tensor:
+    return torch.full((filters,), value)
+
+
+def elementwise(
+    product: Tensor,
+    inverse: Tensor,
+    operator: str,
+    values: dict[str, ByFilter],
+    *,
+    guard: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> tuple[Elementwise, list[Tensor | None]]:
+    """The description for the kernels, and the tensors it points into, which must outlive the call.
+
+    Args:
+        values: by names of ``BY_FILTER``: a number, or a tensor of one or O numbers.
+    """
+    filters = product.shape[1]
+    rows = lies_in_rows(product, inverse.shape[1])
+    given = {name: by_filter(values.get(name), filters) for name in BY_FILTER}
+    if rows and any(value is not None for value in given.values()):  # loops over filters want all or none
+        given = {name: filler(BY_FILTER[name], filters) if v is None else v for name, v in given.items()}
+    alive = [inverse, *given.values()]
+    described = Elementwise(
+        *(None if value is None else value.data_ptr() for value in alive),
+        product.shape[0],
+        filters,
+        math.prod(product.shape[2:]),
+        inverse.shape[1],
+        guard,
+        torch.finfo(torch.float32).eps,
+        low,
+        high,
+        CODES[operator],
+        rows,
+        threads_for(product.numel()),
+    )
+    return described, alive
+
+
+def softness(k: float | Tensor | None) -> dict[str, ByFilter]:
+    """1 / 2k, 1 / tanh(pi / 4k) and its inverse."""
+    if k is None:
+        return {}
+    k = k.detach() if isinstance(k, Tensor) else k
+    end = torch.tanh(math.pi / (4.0 * k)) if isinstance(k, Tensor) else math.tanh(math.pi / (4.0 * k))
+    return dict(steep=0.5 / k, rise=1.0 / end, end=end)
+
+
+def guard_of(operator: str) -> float:
+    return 1.0 if operator == "cosine" else 1.0 - torch.finfo(torch.float32).eps
+
+
+def normalise_and_respond_(
+    product: Tensor,
+    inverse: Tensor,
+    operator: str,
+    values: dict[str, ByFilter],
+    *,
+    keeps: bool = False,
+    guard: float | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Tensor | None:
+    """The response to ``product inverse length``, times gain, plus bias, within [low, high], in place.
+
+    Args:
+        product: (N, O, ...).
+        inverse: (N, G, ...).
+        values: see ``elementwise``: length, gain, bias, steep, rise.
+        keeps: give back the response before gain and bias besides; not for the cosine.
+        guard: the largest cosine.
+    """
+    kernels = library()
+    assert kernels is not None
+    values = {"length": 1.0, **values} if keeps else values
+    guard = guard_of(operator) if guard is None else guard
+    described, alive = elementwise(product, inverse, operator, values, guard=guard, low=low, high=high)
+    kept = torch.empty_like(product) if keeps else None
+    kernels.forward(product.data_ptr(), None if kept is None else kept.data_ptr(), ctypes.byref(described))
+    del alive
+    return kept
+
+
+def respond_backward(
+    gradient: Tensor, saved: Tensor | None, inverse: Tensor, operator: str, values: dict[str, ByFilter]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient by the product, the sum along each patch (N, G, ...), and the four sums by filter, (4, O).
+
+    The sums are of the gradient, of its product with the response, for k, and along the filter. Without ``saved``
+    (linear layers with the cosine) those along patches and filters are left to ``subtract_own_``.
+
+    Args:
+        values: see ``elementwise``: length, gain, steep, end; offset and unscale, by which the response is found.
+    """
+    kernels = library()
+    assert kernels is not None
+    if saved is None:
+        gradient = gradient.contiguous()
+    elif gradient.stride() != saved.stride():
+        gradient = torch.empty_like(saved).copy_(gradient)
+    values = {"length": 1.0, **values}
+    described, alive = elementwise(gradient, inverse, operator, values, guard=guard_of(operator))
+    product, along = torch.empty_like(gradient), torch.empty_like(inverse)
+    sums = gradient.new_empty((4, gradient.shape[1]))
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (gradient, saved, product, along, sums))
+    tensors = Backward(*pointers)
+    checked(kernels.backward(ctypes.byref(tensors), ctypes.byref(described)))
+    del alive
+    return product, along, sums
