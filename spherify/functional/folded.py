@@ -15,6 +15,8 @@ from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_en
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+
 
 class SharedNorms:
     """The norms of the last tensor that was asked about, for layers known to read the very same one.
@@ -91,12 +93,14 @@ def folded_conv(
     eps: float,
     power: float,
     shared: SharedNorms | None,
+    activation: str | None = None,
 ) -> Tensor:
     """``scale g(theta) + bias`` with ``weight`` holding unit filters over ``power``; for the cosine, times the scale.
 
     Args:
         x: (N, C, H, W).
         steepness: 1 / 2k of sigmoid and learnable: a number, or (O,) numbers.
+        activation: what follows: relu, relu6, or None.
         The others are as in ``sphere_conv2d``.
 
     Returns:
@@ -113,7 +117,7 @@ def folded_conv(
         pads, padding = [(0, 0)] * dims, 0
     inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
     product = CONVOLUTIONS[dims](x, weight, None, stride, padding, dilation, groups)
-    out = finish(product, inverse, operator, steepness, scale, bias)
+    out = finish(product, inverse, operator, steepness, scale, bias, activation)
     return out[0] if is_unbatched else out
 
 
@@ -128,6 +132,7 @@ def folded_linear(
     eps: float,
     power: float,
     shared: SharedNorms | None,
+    activation: str | None = None,
 ) -> Tensor:
     """``folded_conv`` for (..., D) and (O, D)."""
 
@@ -142,7 +147,8 @@ def folded_linear(
         shared.get(x, (eps, power), inverse) if shared is not None and takes(x) and not needs_graph(x) else inverse()
     )
     product = F.linear(x, weight)
-    rows = finish(product.reshape(-1, weight.shape[0]), found.reshape(-1, 1), operator, steepness, scale, bias)
+    flat, norms = product.reshape(-1, weight.shape[0]), found.reshape(-1, 1)
+    rows = finish(flat, norms, operator, steepness, scale, bias, activation)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -153,6 +159,7 @@ def finish(
     steepness: float | Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
+    activation: str | None = None,
 ) -> Tensor:
     """What is left after the product, in place where nobody looks."""
     dims = product.dim() - 2
@@ -160,7 +167,8 @@ def finish(
     steep = by_filter(steepness, inverse.dtype, dims) if isinstance(steepness, Tensor) else steepness
     if not takes(product) or product.requires_grad or product.dtype != inverse.dtype:
         cosine = (grouped(product, inverse.shape[1]) * inverse.unsqueeze(2)).flatten(1, 2)
-        return responded(cosine, operator, steep, scale, bias).to(product.dtype)
+        out = responded(cosine, operator, steep, scale, bias).to(product.dtype)
+        return out if activation is None else ACTIVATIONS[activation](out)
     groups = inverse.shape[1]
     for block in blocks(product):
         part = product[block]
@@ -174,6 +182,8 @@ def finish(
             part.mul_(scale)
         if bias is not None:
             part.add_(bias)
+        if activation is not None:
+            ACTIVATIONS[activation](part, inplace=True)
     return product
 
 

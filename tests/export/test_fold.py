@@ -17,7 +17,7 @@ from spherify.export.fold import fold_any, left_unfolded
 from spherify.functional.folded import SharedNorms
 from spherify.graph.record import tensors_in
 from spherify.layers import SphereConv2d, SphereLinear
-from spherify.layers.folded import FoldedConv2d, FoldedLinear, FoldedNorm
+from spherify.layers.folded import FoldedConv2d, FoldedLinear, FoldedAway
 from spherify.models.resolve import build, resolve
 
 FAMILIES = (Path(__file__).parents[1] / "zoo_families.txt").read_text().split()
@@ -113,7 +113,7 @@ def test_shared_norms_are_computed_once_and_again_when_the_tensor_changed():
 def test_the_norm_behind_a_layer_is_taken_in_and_its_activation_stays():
     model = spherify(timm.create_model("test_resnet"), exclude=["@stem"])
     folded = fold(model)
-    assert isinstance(folded.bn1, FoldedNorm)
+    assert isinstance(folded.bn1, FoldedAway)
     assert not [part for part in folded.modules() if isinstance(part, nn.BatchNorm2d)]
     assert type(folded) is type(model)
     assert type(folded.layer1[0].conv1) is FoldedConv2d
