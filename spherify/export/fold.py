@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from spherify.errors import ModelError
 from spherify.functional.folded import SharedNorms
-from spherify.graph.folding import FoldPlan, plan_fold
+from spherify.graph.folding import FOLD, FoldPlan, plan_fold
 from spherify.graph.record import Inputs, copy_without_data, map_tree, one_line, record
 from spherify.layers.angular import AngularLayer
 from spherify.layers.folded import FOLDED, Folded, fold_angular_, fold_plain_, take_away_, takes_in
 from spherify.models.inputs import candidate_inputs
 
-FOLD = "spherify_fold"  # attribute of a folded model: what was folded
 PLAIN_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, timm.layers.Conv2dSame, timm.layers.Linear)
 
 
@@ -135,12 +134,3 @@ def train_unless_folded(model: nn.Module, mode: bool = True) -> nn.Module:
         if mode and isinstance(part, Folded):
             part.train()
     return type(model).train(model, mode)
-
-
-def left_unfolded(model: nn.Module) -> list[str]:
-    """Paths of converted layers of a kind that has no folded form; they run as they are."""
-    return [
-        path
-        for path, part in model.named_modules()
-        if isinstance(part, AngularLayer) and not isinstance(part, Folded) and part.operator != "identity"
-    ]

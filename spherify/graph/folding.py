@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spherify.graph.flow import input_node, is_batch_norm, is_layer_call
 from spherify.graph.record import Recording
 
+FOLD = "spherify_fold"  # attribute of a folded model: its FoldPlan
+
 
 @dataclass(frozen=True)
 class FoldPlan:
