@@ -22,7 +22,7 @@ class SharedNorms:
     """The norms of the last tensor that was asked about, for layers known to read the very same one.
 
     It holds the tensor weakly and knows it by identity and by its version, so that a change in place is seen. What
-    it has found is not copied, pickled or compiled: a compiler sees for itself what is computed twice.
+    it has found is not copied or pickled, nor kept under ``torch.compile``, which sees itself what is computed twice.
     """
 
     def __init__(self) -> None:
@@ -55,22 +55,30 @@ def inverse_norms(
 ) -> Tensor:
     """``power`` / |patch|, (N, G, P, Q)."""
     is_eager = takes(x)
+    store = shared if shared is not None and can_share(x) else None
 
     def energy() -> Tensor:
         return energy_of(x, groups) if is_eager and not needs_graph(x) else patch_energy(x, groups)
 
     def inverse() -> Tensor:
-        if shared is None and is_eager and not needs_graph(x) and all(before == after for before, after in pads):
+        if store is None and is_eager and not needs_graph(x) and all(before == after for before, after in pads):
             padding = [before for before, _ in pads]
             return patch_inverse_norm(x, window, list(stride), padding, list(dilation), groups, eps).mul_(power)
-        found = shared.get(x, groups, energy) if shared is not None and is_eager else energy()
+        found = energy() if store is None else store.get(x, groups, energy)
         if any(map(any, pads)):
             found = F.pad(found, [number for pair in reversed(pads) for number in pair])
         return torch.rsqrt(box_sum(found, window, stride, dilation) + eps) * power
 
-    if shared is None or not is_eager or needs_graph(x):
+    if store is None:
         return inverse()
-    return shared.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
+    return store.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
+
+
+def can_share(x: Tensor) -> bool:
+    """Whether norms may be kept for a second layer: in eager inference, and while ``torch.export`` runs the model."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_dynamo_compiling()
+    return takes(x) and not needs_graph(x)
 
 
 def needs_graph(x: Tensor) -> bool:
@@ -143,9 +151,7 @@ def folded_linear(
             return length.square_().add_(eps).rsqrt_().mul_(power)
         return torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
 
-    found = (
-        shared.get(x, (eps, power), inverse) if shared is not None and takes(x) and not needs_graph(x) else inverse()
-    )
+    found = inverse() if shared is None or not can_share(x) else shared.get(x, (eps, power), inverse)
     product = F.linear(x, weight)
     flat, norms = product.reshape(-1, weight.shape[0]), found.reshape(-1, 1)
     rows = finish(flat, norms, operator, steepness, scale, bias, activation)
