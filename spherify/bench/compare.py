@@ -19,6 +19,7 @@ from spherify.bench.timing import Timing, interleaved
 from spherify.convert import plan
 from spherify.errors import ModelError, OptionError
 from spherify.export.fold import fold, fold_any
+from spherify.export.fold_report import FoldReport, fold_report
 from spherify.graph.record import one_line, tensors_in
 from spherify.models.inputs import candidate_inputs
 from spherify.models.resolve import build, resolve
@@ -73,6 +74,7 @@ class Row:
         ratio: median over the rounds of the time relative to the baseline's; 1 for the baseline.
         ratio_of_least: the same of the two least times.
         memory_ratio: of the bytes.
+        folded: what was folded and what was not, of a folded form.
     """
 
     phase: str
@@ -83,6 +85,7 @@ class Row:
     ratio: float
     ratio_of_least: float
     memory_ratio: float
+    folded: FoldReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         low, high = self.timing.spread
@@ -194,6 +197,7 @@ def measure(phase: str, forms: Mapping[str, nn.Module], x: Tensor, settings: Set
                 ratio=timing.ratio_to(timings[base]),
                 ratio_of_least=timing.ratio_of_least(timings[base]),
                 memory_ratio=peaks[name] / peaks[base],
+                folded=fold_report(forms[name]) if name.endswith("folded") else None,
             )
         )
     return rows

@@ -46,8 +46,16 @@ def bench(
     rows = compare(model, settings, operator=operator)
     with number_of_threads(threads):
         here = machine()
+    folded = next(row.folded for row in rows if row.form == "converted folded")
+    assert folded is not None
     if as_json:
-        found = {"model": model, "operator": operator, "machine": here, "rows": [row.to_dict() for row in rows]}
+        found = {
+            "model": model,
+            "operator": operator,
+            "machine": here,
+            "rows": [row.to_dict() for row in rows],
+            "folded": folded.to_dict(),
+        }
         print(json.dumps(found, indent=1))
         return
     title = f"{model}, {operator}, batch {batch}, {dtype}, {here['gpu'] if device == 'cuda' else here['processor']}"
@@ -69,3 +77,4 @@ def bench(
         )
     terminal().print(table)
     terminal().print("Ratios are to plain, those of folded forms to plain folded; memory is the step's own peak.")
+    terminal().print(str(folded), markup=False, highlight=False)

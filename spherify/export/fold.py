@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 
 from spherify.errors import ModelError
 from spherify.functional.folded import SharedNorms
-from spherify.graph.folding import FoldPlan, plan_fold
+from spherify.graph.folding import FOLD, FoldPlan, plan_fold
 from spherify.graph.record import Inputs, copy_without_data, map_tree, one_line, record
 from spherify.layers.angular import AngularLayer
-from spherify.layers.folded import FOLDED, Folded, fold_angular_, fold_plain_, take_away_
+from spherify.layers.folded import FOLDED, Folded, fold_angular_, fold_plain_, take_away_, takes_in
 from spherify.models.inputs import candidate_inputs
 
-FOLD = "spherify_fold"  # attribute of a folded model: what was folded
 PLAIN_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, timm.layers.Conv2dSame, timm.layers.Linear)
 
 
@@ -85,7 +85,7 @@ def what_to_fold(model: nn.Module, example_input: Any = None) -> FoldPlan:
         except ModelError as error:
             failure = failure or error
         else:
-            return plan_fold(model, recording, can_be_folded)
+            return plan_fold(model, recording, can_be_folded, takes_in)
     raise failure or ModelError(f"{type(model).__name__}: no input can be guessed; pass example_input=... .")
 
 
@@ -106,22 +106,31 @@ def apply_fold_(model: nn.Module, plan: FoldPlan) -> None:
     modules = dict(model.named_modules())
     stores = {path: store for group in plan.shared for store in [SharedNorms()] for path in group}
     for path, module in modules.items():
-        norm = modules[plan.norms[path]] if path in plan.norms else None
         if not can_be_folded(module):
             continue
+        norm = modules[plan.norms[path]] if path in plan.norms else None
+        activation = modules[plan.activations[path]] if path in plan.activations else None
         if isinstance(module, AngularLayer):
-            fold_angular_(module, norm, stores.get(path))
+            fold_angular_(module, norm, activation, stores.get(path))
         elif norm is not None:
             fold_plain_(module, norm)
-        if norm is not None:
-            take_away_(norm)
+        for part in (norm, activation):
+            if part is not None:
+                take_away_(part)
     setattr(model, FOLD, plan)
+    refuse_training_of_what_holds_folded_layers_(model)
 
 
-def left_unfolded(model: nn.Module) -> list[str]:
-    """Paths of converted layers of a kind that has no folded form; they run as they are."""
-    return [
-        path
-        for path, part in model.named_modules()
-        if isinstance(part, AngularLayer) and not isinstance(part, Folded) and part.operator != "identity"
-    ]
+def refuse_training_of_what_holds_folded_layers_(model: nn.Module) -> None:
+    """``train()`` is refused by the first module that it reaches, before any mode is changed."""
+    for part in model.modules():
+        if not isinstance(part, Folded) and any(isinstance(below, Folded) for below in part.modules()):
+            part.__dict__["train"] = functools.partial(train_unless_folded, part)
+
+
+def train_unless_folded(model: nn.Module, mode: bool = True) -> nn.Module:
+    """``model.train(mode)`` where no folded layer is in it; such a layer refuses the mode itself."""
+    for part in model.modules():
+        if mode and isinstance(part, Folded):
+            part.train()
+    return type(model).train(model, mode)

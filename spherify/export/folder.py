@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from spherify.errors import FileError, OptionError
 from spherify.export.atomic import replacing_folder
 from spherify.export.describe import plan_as_it_stands, source_for
-from spherify.export.fold import FOLD, apply_fold_
+from spherify.export.fold import apply_fold_
 from spherify.functional.responses import K_MAX, K_MIN
-from spherify.graph.folding import FoldPlan
+from spherify.graph.folding import FOLD, FoldPlan
 from spherify.models.resolve import CUSTOM, SOURCE, Source, build, has_model, version_of
 from spherify.plan.plan import Plan
 from spherify.rewrite.apply import CONVERSION, apply_, conversion_of, in_short, misfits

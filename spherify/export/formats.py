@@ -25,6 +25,7 @@ from spherify.models.inputs import candidate_inputs
 OPSET = 18
 BATCH_AXIS = "batch"
 EXTENSIONS = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
+ONNX_LIMIT = 2**31 - 2**20  # bytes of weights: one ONNX file is a protobuf message, which ends at 2 GiB
 FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the first that a zip archive can hold
 
 
@@ -132,6 +133,12 @@ def as_onnx(model: nn.Module, example_input: Any) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SpherifyError(f"ONNX needs {error.name}; install it with: pip install 'spherify[export]'.") from error
+    size = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+    if size > ONNX_LIMIT:
+        raise ModelError(
+            f"{type(model).__name__} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB; "
+            "use the format pt2."
+        )
     with in_eval_mode(model), quiet():
         inputs = inputs_for(model, example_input)
         shapes = tuple({0: torch.export.Dim(BATCH_AXIS)} for _ in inputs)

@@ -15,12 +15,14 @@ from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_en
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+
 
 class SharedNorms:
     """The norms of the last tensor that was asked about, for layers known to read the very same one.
 
     It holds the tensor weakly and knows it by identity and by its version, so that a change in place is seen. What
-    it has found is not copied, pickled or compiled: a compiler sees for itself what is computed twice.
+    it has found is not copied or pickled, nor kept under ``torch.compile``, which sees itself what is computed twice.
     """
 
     def __init__(self) -> None:
@@ -53,22 +55,30 @@ def inverse_norms(
 ) -> Tensor:
     """``power`` / |patch|, (N, G, P, Q)."""
     is_eager = takes(x)
+    store = shared if shared is not None and can_share(x) else None
 
     def energy() -> Tensor:
         return energy_of(x, groups) if is_eager and not needs_graph(x) else patch_energy(x, groups)
 
     def inverse() -> Tensor:
-        if shared is None and is_eager and not needs_graph(x) and all(before == after for before, after in pads):
+        if store is None and is_eager and not needs_graph(x) and all(before == after for before, after in pads):
             padding = [before for before, _ in pads]
             return patch_inverse_norm(x, window, list(stride), padding, list(dilation), groups, eps).mul_(power)
-        found = shared.get(x, groups, energy) if shared is not None and is_eager else energy()
+        found = energy() if store is None else store.get(x, groups, energy)
         if any(map(any, pads)):
             found = F.pad(found, [number for pair in reversed(pads) for number in pair])
         return torch.rsqrt(box_sum(found, window, stride, dilation) + eps) * power
 
-    if shared is None or not is_eager or needs_graph(x):
+    if store is None:
         return inverse()
-    return shared.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
+    return store.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
+
+
+def can_share(x: Tensor) -> bool:
+    """Whether norms may be kept for a second layer: in eager inference, and while ``torch.export`` runs the model."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_dynamo_compiling()
+    return takes(x) and not needs_graph(x)
 
 
 def needs_graph(x: Tensor) -> bool:
@@ -91,12 +101,14 @@ def folded_conv(
     eps: float,
     power: float,
     shared: SharedNorms | None,
+    activation: str | None = None,
 ) -> Tensor:
     """``scale g(theta) + bias`` with ``weight`` holding unit filters over ``power``; for the cosine, times the scale.
 
     Args:
         x: (N, C, H, W).
         steepness: 1 / 2k of sigmoid and learnable: a number, or (O,) numbers.
+        activation: what follows: relu, relu6, or None.
         The others are as in ``sphere_conv2d``.
 
     Returns:
@@ -113,7 +125,7 @@ def folded_conv(
         pads, padding = [(0, 0)] * dims, 0
     inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
     product = CONVOLUTIONS[dims](x, weight, None, stride, padding, dilation, groups)
-    out = finish(product, inverse, operator, steepness, scale, bias)
+    out = finish(product, inverse, operator, steepness, scale, bias, activation)
     return out[0] if is_unbatched else out
 
 
@@ -128,6 +140,7 @@ def folded_linear(
     eps: float,
     power: float,
     shared: SharedNorms | None,
+    activation: str | None = None,
 ) -> Tensor:
     """``folded_conv`` for (..., D) and (O, D)."""
 
@@ -138,11 +151,10 @@ def folded_linear(
             return length.square_().add_(eps).rsqrt_().mul_(power)
         return torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
 
-    found = (
-        shared.get(x, (eps, power), inverse) if shared is not None and takes(x) and not needs_graph(x) else inverse()
-    )
+    found = inverse() if shared is None or not can_share(x) else shared.get(x, (eps, power), inverse)
     product = F.linear(x, weight)
-    rows = finish(product.reshape(-1, weight.shape[0]), found.reshape(-1, 1), operator, steepness, scale, bias)
+    flat, norms = product.reshape(-1, weight.shape[0]), found.reshape(-1, 1)
+    rows = finish(flat, norms, operator, steepness, scale, bias, activation)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -153,6 +165,7 @@ def finish(
     steepness: float | Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
+    activation: str | None = None,
 ) -> Tensor:
     """What is left after the product, in place where nobody looks."""
     dims = product.dim() - 2
@@ -160,7 +173,8 @@ def finish(
     steep = by_filter(steepness, inverse.dtype, dims) if isinstance(steepness, Tensor) else steepness
     if not takes(product) or product.requires_grad or product.dtype != inverse.dtype:
         cosine = (grouped(product, inverse.shape[1]) * inverse.unsqueeze(2)).flatten(1, 2)
-        return responded(cosine, operator, steep, scale, bias).to(product.dtype)
+        out = responded(cosine, operator, steep, scale, bias).to(product.dtype)
+        return out if activation is None else ACTIVATIONS[activation](out)
     groups = inverse.shape[1]
     for block in blocks(product):
         part = product[block]
@@ -174,6 +188,8 @@ def finish(
             part.mul_(scale)
         if bias is not None:
             part.add_(bias)
+        if activation is not None:
+            ACTIVATIONS[activation](part, inplace=True)
     return product
 
 

@@ -31,10 +31,12 @@ class Folded(AngularLayer):
     Attributes:
         power: what the filters were divided by besides their length.
         shared: where the norms of an input are kept that other layers read too, or None.
+        activation: relu or relu6 where the layer took it in, or None.
     """
 
     power: float
     shared: SharedNorms | None
+    activation: str | None
 
     def filters(self) -> Tensor:
         return self.weight
@@ -53,7 +55,8 @@ class Folded(AngularLayer):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, folded=True"
+        activation = "" if self.activation is None else f", activation={self.activation}"
+        return f"{super().extra_repr()}, folded=True{activation}"
 
 
 class FoldedConv(Folded, SphereConv):
@@ -76,6 +79,7 @@ class FoldedConv(Folded, SphereConv):
             eps=self.eps,
             power=self.power,
             shared=self.shared,
+            activation=self.activation,
         )
 
 
@@ -117,7 +121,7 @@ class FoldedLinear(Folded, SphereLinear):
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
         return folded_linear(
             x,
-            self.weight,
+            self.weight.detach(),  # an owner that calls the layer for F.linear by its very weight must not do so here
             self.bias if bias is None else bias,
             self.gain,
             operator=self.operator,
@@ -125,6 +129,7 @@ class FoldedLinear(Folded, SphereLinear):
             eps=self.eps,
             power=self.power,
             shared=self.shared,
+            activation=self.activation,
         )
 
 
@@ -160,8 +165,19 @@ FOLDED: dict[type[nn.Module], type[Folded]] = {
 }
 
 
-class FoldedNorm(Removed):
-    """What stands where a BatchNorm was folded into the layer before it: the activation that timm keeps inside."""
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+def takes_in(layer: nn.Module, behind: nn.Module) -> bool:
+    """Whether the folded form of a layer can compute the activation, too."""
+    return issubclass(FOLDED.get(type(layer), nn.Module), (FoldedConv, FoldedLinear)) and type(behind) in ACTIVATIONS
+
+
+class FoldedAway(Removed):
+    """What stands where a BatchNorm or an activation was folded into the layer before it.
+
+    Of a norm of timm's the activation inside stays, unless that is folded, too.
+    """
 
     def extra_repr(self) -> str:
         return f"was {self.source_type.__name__}, folded"
@@ -192,7 +208,9 @@ def response_factor(layer: AngularLayer) -> Tensor | float:
 
 
 @torch.no_grad()
-def fold_angular_(layer: AngularLayer, norm: nn.Module | None, shared: SharedNorms | None) -> None:
+def fold_angular_(
+    layer: AngularLayer, norm: nn.Module | None, activation: nn.Module | None, shared: SharedNorms | None
+) -> None:
     """Change an angular layer to its folded class; every constant is computed here, once.
 
     One tensor of the weight's size is made for a moment; the old weight goes.
@@ -224,6 +242,7 @@ def fold_angular_(layer: AngularLayer, norm: nn.Module | None, shared: SharedNor
     layer.__class__ = target
     assert isinstance(layer, Folded)
     layer.power, layer.shared = power, shared
+    layer.activation = None if activation is None else ACTIVATIONS[type(activation)]
     layer.training = False
 
 
@@ -239,11 +258,11 @@ def fold_plain_(layer: nn.Module, norm: nn.Module) -> None:
     held.bias = frozen(offset, weight)
 
 
-def take_away_(norm: nn.Module) -> None:
-    """Leave of a norm what timm keeps inside: its activation."""
-    kind, words = type(norm), norm.extra_repr()
-    norm._parameters.clear()
-    norm._buffers.clear()
-    norm.__class__ = FoldedNorm
-    assert isinstance(norm, FoldedNorm)
-    norm.source_type, norm.source_words, norm.stored_state = kind, words, ({}, {})
+def take_away_(part: nn.Module) -> None:
+    """Leave of a norm what timm keeps inside, of an activation nothing."""
+    kind, words = type(part), part.extra_repr()
+    part._parameters.clear()
+    part._buffers.clear()
+    part.__class__ = FoldedAway
+    assert isinstance(part, FoldedAway)
+    part.source_type, part.source_words, part.stored_state = kind, words, ({}, {})

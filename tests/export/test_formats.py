@@ -1,6 +1,7 @@
 """Exported files: what they compute, what they hold, and that the same model gives the same bytes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -102,18 +103,39 @@ import sys; from pathlib import Path; sys.path[:0] = {path!r}
 import warnings; warnings.simplefilter("ignore")
 from test_formats import X, small; from spherify.export.formats import export
 for form in ("onnx", "pt2", "safetensors"):
-    export(small(), Path({folder!r}) / f"model.{{form}}", format=form, example_input=X)
+    for folded in (False, True):
+        path = Path({folder!r}) / f"{{folded}}.{{form}}"
+        export(small(), path, format=form, folded=folded, example_input=X)
 """
 
 
 @ANY_WARNING
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
 @pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.slow), "pt2", "safetensors"])
-def test_the_same_model_gives_the_same_bytes_and_no_trace_of_this_machine(tmp_path, form):
-    one = export(small(), tmp_path / f"one.{form}", format=form, example_input=X).read_bytes()
-    other = export(small(), tmp_path / "elsewhere" / f"other.{form}", format=form, example_input=X).read_bytes()
+def test_the_same_model_gives_the_same_bytes_and_no_trace_of_this_machine(tmp_path, form, folded):
+    call = dict(format=form, folded=folded, example_input=X)
+    one = export(small(), tmp_path / f"one.{form}", **call).read_bytes()
+    other = export(small(), tmp_path / "elsewhere" / f"other.{form}", **call).read_bytes()
     assert one == other
     for trace in (str(tmp_path), sys.prefix, "site-packages", "Traceback", 'File \\"'):
         assert trace.encode() not in one
+
+
+@ANY_WARNING
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["cosine", "sigmoid"])
+def test_a_folded_program_is_compiled_ahead_of_time_by_aotinductor(tmp_path, operator):
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    model = small(operator)
+    path = export(model, tmp_path / "model.pt2", format="pt2", folded=True, example_input=X)
+    program = torch.export.load(str(path))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(batch))
+        with torch.no_grad():
+            assert_close(compiled(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
 @ANY_WARNING
@@ -123,8 +145,16 @@ def test_another_process_writes_the_same_bytes(tmp_path):
     for folder in folders:
         script = SCRIPT.format(path=sys.path, folder=str(folder))
         subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, timeout=300)
-    for form in ("onnx", "pt2", "safetensors"):
-        assert (folders[0] / f"model.{form}").read_bytes() == (folders[1] / f"model.{form}").read_bytes()
+    for name in [f"{folded}.{form}" for form in ("onnx", "pt2", "safetensors") for folded in (False, True)]:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("operator", ["cosine", "learnable"])
+def test_two_conversions_with_one_seed_save_the_same_weights(tmp_path, operator):
+    for name in ("one", "other"):
+        torch.manual_seed(0)
+        save(spherify("test_resnet", operator=operator), tmp_path / name)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
 
 
 def test_a_mode_is_as_before(tmp_path):
@@ -150,6 +180,14 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path):
     with pytest.raises(ModelError, match=r"Raises cannot be exported by torch\.export \("):
         export(model, tmp_path / "m.pt2", format="pt2", example_input=X)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_one_onnx_file_cannot_hold_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "ONNX_LIMIT", 1000)
+    with pytest.raises(
+        ModelError, match=r"Small has 0\.0 GB of weights, and one ONNX file holds 2 GB; use the format pt2"
+    ):
+        export(small(), tmp_path / "m.onnx", example_input=X)
 
 
 def test_wrong_calls_are_refused(tmp_path):
