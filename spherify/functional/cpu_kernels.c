@@ -85,10 +85,10 @@ INLINE float atanh_of(float x) {
     return with_sign(size < 0.3f ? size + size * p : far, x);
 }
 
-/* The response to a cosine; `steep` is 1 / 2k and `rise` 1 / tanh(pi / 4k). */
+/* The response to a cosine; `steep` is 1 / 2k and `rise` 1 / tanh(pi / 4k), of the linear response 2 / pi. */
 INLINE float respond(float cosine, int operator, float guard, float steep, float rise) {
     float c = within(cosine, guard);
-    if (operator == LINEAR) return asin_of(c) * TWO_OVER_PI;
+    if (operator == LINEAR) return asin_of(c) * rise;
     if (operator == SIGMOID) return tanh_of(asin_of(c) * steep) * rise;
     return c;
 }
@@ -359,7 +359,7 @@ INLINE void forward_row(float *restrict out, float *restrict kept, float inverse
     for (long o = 0; o < e->filters; o++) {
         float c = out[o] * inverse * (is_full ? length[o] : 1.0f);
         float r = respond(c, operator, guard, operator == SIGMOID ? steep[o] : 1.0f,
-                          operator == SIGMOID ? rise[o] : 1.0f);
+                          operator != COSINE && is_full ? rise[o] : 1.0f);
         if (keeps) kept[o] = r;
         out[o] = is_full ? finish(r, gain[o], bias[o], low, high) : finish(r, 1.0f, 0.0f, low, high);
     }

@@ -246,7 +246,7 @@ def by_filter(value: ByFilter, filters: int) -> Tensor | None:
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return torch.full((filters,), value)
+        return filler(value, filters)
     if value.dtype == torch.float32 and value.numel() == filters and value.is_contiguous():
         return value
     return value.detach().to(torch.float32).reshape(-1).expand(filters).contiguous()
@@ -295,10 +295,10 @@ def elementwise(
     return described, alive
 
 
-def softness(k: float | Tensor | None) -> dict[str, ByFilter]:
-    """1 / 2k, 1 / tanh(pi / 4k) and its inverse."""
+def constants(operator: str, k: float | Tensor | None) -> dict[str, ByFilter]:
+    """What the response is made of: 1 / 2k, the last factor, and for the sigmoid that factor's inverse."""
     if k is None:
-        return {}
+        return dict(rise=2.0 / math.pi) if operator == "linear" else {}
     k = k.detach() if isinstance(k, Tensor) else k
     end = torch.tanh(math.pi / (4.0 * k)) if isinstance(k, Tensor) else math.tanh(math.pi / (4.0 * k))
     return dict(steep=0.5 / k, rise=1.0 / end, end=end)

@@ -66,7 +66,7 @@ def forward(
         return None
     length = cpu_kernels.inverse_lengths(weight, eps)
     keeps = keeps and operator != "cosine" and not is_in_output(gain, bias)
-    values = dict(length=length, gain=gain, bias=bias, **cpu_kernels.softness(k))
+    values = dict(length=length, gain=gain, bias=bias, **cpu_kernels.constants(operator, k))
     response = cpu_kernels.normalise_and_respond_(out, inverse, operator, values, keeps=keeps)
     return Product(out, inverse, length, response)
 

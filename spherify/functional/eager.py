@@ -100,7 +100,7 @@ def backward_by_cpu_kernels(
         again = by_cpu_kernels(x, weight, bias, gain, k, *ctx.numbers, keeps=True)
         assert again is not None
         answer = cpu_product.to_keep(again, weight, operator)
-    values = dict(gain=gain, **cpu_kernels.softness(fixed_k or None if k is None else k))
+    values = dict(gain=gain, **cpu_kernels.constants(operator, fixed_k or None if k is None else k))
     if not ctx.is_response:
         values |= dict(offset=bias, unscale=None if is_cosine or gain is None else 1.0 / gain)
     found = cpu_product.backward(

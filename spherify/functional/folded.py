@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherify.functional import cpu_kernels
 from spherify.functional.blocks import blocks, energy_of, grouped
 from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_ends, patch_energy, per_axis
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
 class SharedNorms:
@@ -74,6 +77,25 @@ def inverse_norms(
     return store.get(x, (groups, *window, *stride, *pads, *dilation, eps, power), inverse)
 
 
+def served(x: Tensor, groups: int) -> bool:
+    """Whether the CPU's kernels take this input: eager inference in float32."""
+    return takes(x) and x.dim() <= 4 and not needs_graph(x) and cpu_kernels.takes(x, groups)
+
+
+def norms_by_kernel(
+    x: Tensor,
+    window: tuple[int, ...],
+    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    eps: float,
+    power: float,
+    shared: SharedNorms | None,
+) -> Tensor:
+    def compute() -> Tensor:
+        return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+
+    return compute() if shared is None else shared.get(x, (window, numbers, eps, power), compute)
+
+
 def can_share(x: Tensor) -> bool:
     """Whether norms may be kept for a second layer: in eager inference, and while ``torch.export`` runs the model."""
     if torch.compiler.is_compiling():
@@ -123,7 +145,11 @@ def folded_conv(
     if padding_mode != "zeros" and any(map(any, pads)):
         x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
         pads, padding = [(0, 0)] * dims, 0
-    inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
+    numbers = (tuple(stride), tuple(before for before, _ in pads), tuple(dilation), groups)
+    if all(before == after for before, after in pads) and served(x, groups):
+        inverse = norms_by_kernel(x, tuple(window), numbers, eps, power, shared)
+    else:
+        inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
     product = CONVOLUTIONS[dims](x, weight, None, stride, padding, dilation, groups)
     out = finish(product, inverse, operator, steepness, scale, bias, activation)
     return out[0] if is_unbatched else out
@@ -144,7 +170,12 @@ def folded_linear(
 ) -> Tensor:
     """``folded_conv`` for (..., D) and (O, D)."""
 
+    given = x.reshape(-1, x.shape[-1])
+    by_kernel = served(given, 1)
+
     def inverse() -> Tensor:
+        if by_kernel:
+            return cpu_kernels.patch_inverse_norm(given, (), (), (), (), 1, eps, power)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if takes(x) and not needs_graph(x):
             length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -168,6 +199,13 @@ def finish(
     activation: str | None = None,
 ) -> Tensor:
     """What is left after the product, in place where nobody looks."""
+    groups = inverse.shape[1]
+    if served(product, groups) and inverse.dtype == product.dtype and not product.requires_grad:
+        guard = math.inf if operator == "cosine" else None
+        low, high = BOUNDS[activation]
+        values = dict(gain=scale, bias=bias, steep=steepness)
+        cpu_kernels.normalise_and_respond_(product, inverse, operator, values, guard=guard, low=low, high=high)
+        return product
     dims = product.dim() - 2
     scale, bias = by_filter(scale, inverse.dtype, dims), by_filter(bias, inverse.dtype, dims)
     steep = by_filter(steepness, inverse.dtype, dims) if isinstance(steepness, Tensor) else steepness
@@ -175,7 +213,6 @@ def finish(
         cosine = (grouped(product, inverse.shape[1]) * inverse.unsqueeze(2)).flatten(1, 2)
         out = responded(cosine, operator, steep, scale, bias).to(product.dtype)
         return out if activation is None else ACTIVATIONS[activation](out)
-    groups = inverse.shape[1]
     for block in blocks(product):
         part = product[block]
         grouped(part, groups).mul_(inverse[block].unsqueeze(2))
