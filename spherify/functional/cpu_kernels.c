@@ -72,7 +72,7 @@ INLINE float tanh_of(float x) {
     float p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z
               - 3.33332819422e-1f;
     float near = size + size * z * p;
-    float e = exp_of(-2.0f * least(size, 40.0f));
+    float e = exp_of(-2.0f * least(40.0f, size));
     return with_sign(size < 0.625f ? near : (1.0f - e) / (1.0f + e), x);
 }
 

@@ -60,7 +60,7 @@ def forward(
     keeps: bool,
 ) -> Product | None:
     """None where the convolution's output lies in a way the kernels do not read. ``keeps``: for a gradient later."""
-    inverse = cpu_kernels.patch_inverse_norm(x, weight.shape[2:], *window, eps)
+    inverse = patch_norms(x, weight, window, eps)
     out = multiply(x, weight, *window)
     if not cpu_kernels.takes(out, window.groups):
         return None
@@ -69,6 +69,11 @@ def forward(
     values = dict(length=length, gain=gain, bias=bias, **cpu_kernels.constants(operator, k))
     response = cpu_kernels.normalise_and_respond_(out, inverse, operator, values, keeps=keeps)
     return Product(out, inverse, length, response)
+
+
+def patch_norms(x: Tensor, weight: Tensor, window: Window, eps: float) -> Tensor:
+    """1 / |patch|: (N, G, ...)."""
+    return cpu_kernels.patch_inverse_norm(x, weight.shape[2:], *window, eps)
 
 
 def is_in_output(gain: Tensor | None, bias: Tensor | None) -> bool:
@@ -88,6 +93,11 @@ def to_keep(found: Product, weight: Tensor, operator: str) -> Tensor | None:
     return found.out.detach() if found.response is None else found.response
 
 
+def norms_to_keep(found: Product) -> Tensor | None:
+    """The patch norms, unless they are nearly as many as the outputs (depthwise layers): those are computed again."""
+    return found.inverse if found.inverse.numel() * 4 <= found.out.numel() else None
+
+
 class Gradients(NamedTuple):
     """By input and weight; and sums (O,): of the gradient, with the response, for k, along the filters."""
 
@@ -104,17 +114,19 @@ def backward(
     saved: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    inverse: Tensor,
+    inverse: Tensor | None,
     length: Tensor,
+    eps: float,
     values: dict[str, cpu_kernels.ByFilter],
     operator: str,
     window: Window,
     needs_x: bool,
     needs_weight: bool,
 ) -> Gradients:
-    """From what ``to_keep`` kept. ``values`` as for ``respond_backward``, without the lengths."""
+    """From what ``to_keep`` and ``norms_to_keep`` kept. ``values`` as for ``respond_backward``, without the lengths."""
     values = {"length": length, **values}
     if saved is None:
+        inverse = patch_norms(x, weight, window, eps) if inverse is None else inverse
         product, _, sums = cpu_kernels.respond_backward(gradient, None, inverse, operator, values)
         by_x, by_weight = multiply_backward(product, x, weight, *window, needs_x, needs_weight)
         if by_x is not None:
@@ -127,9 +139,8 @@ def backward(
     by_all = torch.empty_like(x) if needs_x and len(blocks) > 1 else None
     for block in blocks:
         part = x[block]
-        product, along, sums = cpu_kernels.respond_backward(
-            gradient[block], saved[block], inverse[block], operator, values
-        )
+        norms = patch_norms(part, weight, window, eps) if inverse is None else inverse[block]
+        product, along, sums = cpu_kernels.respond_backward(gradient[block], saved[block], norms, operator, values)
         by_x, by_filters = multiply_backward(product, part, weight, *window, needs_x, needs_weight)
         total = sums if total is None else total.add_(sums)
         if by_filters is not None:
@@ -140,7 +151,7 @@ def backward(
             by_x = by_all[block].copy_(by_x)
         elif by_x.stride() != x.stride():
             by_x = torch.empty_like(x).copy_(by_x)
-        cpu_kernels.subtract_along_(by_x, part, along, inverse[block], weight.shape[2:], *window[:3])
+        cpu_kernels.subtract_along_(by_x, part, along, norms, weight.shape[2:], *window[:3])
     assert total is not None
     if by_weight is not None:
         cpu_kernels.subtract_along_filters_(by_weight, weight, length, total[3])

@@ -39,7 +39,7 @@ class SphereProduct(torch.autograd.Function):
         keep(ctx, cpu_product.to_keep(found, weight, ctx.numbers[4]))
         ctx.is_response = found.response is not None
         ctx.length = found.length
-        ctx.save_for_backward(x, weight, bias, gain, k, found.inverse)
+        ctx.save_for_backward(x, weight, bias, gain, k, cpu_product.norms_to_keep(found))
         return found.out
 
     @staticmethod
@@ -87,13 +87,14 @@ def backward_by_cpu_kernels(
     bias: Tensor | None,
     gain: Tensor | None,
     k: Tensor | None,
-    inverse: Tensor,
+    inverse: Tensor | None,
 ) -> list[Tensor | None]:
-    *window, operator, fixed_k, _, _ = ctx.numbers
+    *numbers, operator, fixed_k, eps, _ = ctx.numbers
+    window = cpu_product.Window(*numbers)
     needs_x, needs_weight, needs_bias, needs_gain, needs_k = ctx.needs_input_grad[:5]
     is_cosine = operator == "cosine"
     if is_cosine and gain is not None and not is_safe_divisor(gain):
-        out, _, _ = product_and_rest(x, weight, bias, gain, k, *ctx.numbers)
+        out, inverse, _ = product_and_rest(x, weight, bias, gain, k, *ctx.numbers)
         return fast_backward(ctx, gradient, out, x, weight, bias, gain, k, inverse)
     answer = taken_from(ctx)
     if answer is None and ctx.version is not None:
@@ -104,7 +105,7 @@ def backward_by_cpu_kernels(
     if not ctx.is_response:
         values |= dict(offset=bias, unscale=None if is_cosine or gain is None else 1.0 / gain)
     found = cpu_product.backward(
-        gradient, answer, x, weight, inverse, ctx.length, values, operator, cpu_product.Window(*window),
+        gradient, answer, x, weight, inverse, ctx.length, eps, values, operator, window,
         needs_x, needs_weight or (needs_gain and is_cosine),
     )  # fmt: skip
     by_gain, by_k = None, None

@@ -1,0 +1,294 @@
+"""The kernels in C: against float64, in every layout, with threads, and what happens without a compiler."""
+
+import itertools
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from angular_samples import OPERATORS, normal, options_of
+from torch.testing import assert_close
+
+from spherify.functional import c_library, cpu_kernels, eager, sphere_conv1d, sphere_conv2d, sphere_linear
+from spherify.functional.sphere import plain_sphere
+
+pytestmark = pytest.mark.skipif(cpu_kernels.library() is None, reason=f"CPU kernels: {cpu_kernels.state()}")
+each_operator = pytest.mark.parametrize("name", OPERATORS)
+SHAPES = {  # x, weight, window
+    "3x3": ((2, 3, 9, 11), (8, 3, 3, 3), dict(padding=1)),
+    "1x1": ((2, 16, 8, 8), (8, 16, 1, 1), {}),
+    "1x1 of every other pixel": ((2, 8, 9, 8), (16, 8, 1, 1), dict(stride=2)),
+    "depthwise": ((2, 12, 11, 10), (12, 1, 3, 3), dict(padding=1, stride=2, groups=12)),
+    "depthwise 7x7": ((2, 6, 15, 14), (6, 1, 7, 7), dict(padding=3, groups=6)),
+    "groups, dilated, uneven": (
+        (2, 16, 10, 12),
+        (32, 4, 3, 5),
+        dict(padding=2, stride=(2, 1), dilation=(2, 1), groups=4),
+    ),
+    "5x5": ((1, 9, 13, 13), (4, 9, 5, 5), dict(padding=2)),
+    "4x4 in patches": ((2, 3, 16, 16), (20, 3, 4, 4), dict(stride=4)),
+    "one pixel": ((3, 40, 1, 1), (24, 40, 1, 1), {}),
+    "padding beyond the window": ((2, 4, 5, 5), (3, 4, 1, 1), dict(padding=2)),
+    "many positions": ((1, 8, 60, 60), (5, 8, 3, 3), dict(padding=1)),
+    "many images": ((9, 16, 16, 16), (64, 16, 3, 3), dict(padding=1)),
+}
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """How often a layer was computed by the kernels."""
+    made = []
+    real = eager.by_cpu_kernels
+
+    def counted(*inputs, **options):
+        found = real(*inputs, **options)
+        made.extend([] if found is None else [found])
+        return found
+
+    monkeypatch.setattr(eager, "by_cpu_kernels", counted)
+    return made
+
+
+def in_both_types(function, tensors, k):
+    """(output, *gradients) in float32, and in float64 by plain operations."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+        soft = k.detach().to(dtype).requires_grad_() if isinstance(k, torch.Tensor) else k
+        out = function(*leaves, soft)
+        wanted = [leaf for leaf in (*leaves, soft) if isinstance(leaf, torch.Tensor)]
+        results.append([out, *torch.autograd.grad(out, wanted, normal(*out.shape, seed=9).to(dtype))])
+    return results
+
+
+def assert_near(found, truth, limit=2e-6):
+    for one, other in zip(found, truth, strict=True):
+        assert one.dtype == torch.float32
+        error = (one.double() - other).norm() / other.norm()
+        cancels = 10.0 if one.numel() < 6 and other is truth[-1] else 1.0  # by one k for all: terms of both signs
+        assert error <= limit * cancels, (float(error), one.shape)
+
+
+@pytest.mark.parametrize("with_gain, with_bias", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("shape", SHAPES)
+@each_operator
+def test_convolutions_and_all_gradients_are_those_in_double(name, shape, with_gain, with_bias, kernel_calls):
+    sizes, filters, window = SHAPES[shape]
+    x, weight = normal(*sizes, dtype=torch.float32), normal(*filters, seed=1, dtype=torch.float32)
+    bias = normal(filters[0], seed=2, dtype=torch.float32) if with_bias else None
+    gain = normal(filters[0], seed=3, dtype=torch.float32).abs() + 0.5 if with_gain else None
+    options = options_of(name, filters[0], torch.float32)
+    operator, k = options["operator"], options.get("k")
+
+    def run(x, weight, bias, gain, k):
+        return sphere_conv2d(x, weight, bias, gain=gain, k=k, operator=operator, **window)
+
+    assert_near(*in_both_types(run, (x, weight, bias, gain), k))
+    assert len(kernel_calls) == 1  # the float32 half
+
+
+@each_operator
+@pytest.mark.parametrize("bias_size", [0.1, 10.0], ids=["response from the output", "response kept"])
+def test_linear_layers_and_one_dimension(name, bias_size, kernel_calls):
+    options = options_of(name, 12, torch.float32)
+    operator, k = options["operator"], options.get("k")
+    bias, gain = (
+        bias_size * normal(12, seed=2, dtype=torch.float32),
+        normal(12, seed=3, dtype=torch.float32).abs() + 0.5,
+    )
+    weight = normal(12, 40, seed=1, dtype=torch.float32)
+
+    def linear(x, weight, bias, gain, k):
+        return sphere_linear(x, weight, bias, gain=gain, k=k, operator=operator)
+
+    assert_near(*in_both_types(linear, (normal(4, 7, 40, dtype=torch.float32), weight, bias, gain), k), limit=5e-6)
+
+    def conv(x, weight, bias, gain, k):
+        return sphere_conv1d(x, weight, bias, gain=gain, k=k, operator=operator, padding=2, stride=2)
+
+    line = normal(12, 8, 5, seed=1, dtype=torch.float32)
+    assert_near(*in_both_types(conv, (normal(3, 8, 21, dtype=torch.float32), line, bias, gain), k), limit=5e-6)
+    assert len(kernel_calls) == 2
+
+
+@each_operator
+def test_channels_last_and_strange_layouts(name):
+    options = options_of(name, 12, torch.float32)
+    weight = normal(12, 8, 3, 3, seed=1, dtype=torch.float32)
+    x = normal(2, 8, 9, 7, dtype=torch.float32)
+    cotangent = normal(2, 12, 9, 7, seed=4, dtype=torch.float32)
+    strewn = torch.stack([x, x], -1)[..., 0]
+    assert not strewn.is_contiguous()
+    expected = None
+    for form in (
+        x,
+        x.contiguous(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        strewn,
+    ):
+        leaf = form.detach().requires_grad_()
+        out = sphere_conv2d(leaf, weight, padding=1, **options)
+        found = (out, *torch.autograd.grad(out, leaf, cotangent))
+        expected = expected or found
+        for one, other in zip(found, expected, strict=True):
+            assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_come_expanded_or_transposed():
+    x, weight = normal(2, 4, 6, 6, dtype=torch.float32), normal(5, 4, 3, 3, seed=1, dtype=torch.float32)
+    weight.requires_grad_()
+    (found,) = torch.autograd.grad(sphere_conv2d(x, weight, operator="linear").sum(), weight)
+    (again,) = torch.autograd.grad((sphere_conv2d(x, weight, operator="linear") * torch.ones(2, 5, 4, 4)).sum(), weight)
+    assert_close(found, again)
+    cotangent = normal(2, 4, 4, 5, seed=3, dtype=torch.float32)
+    (found,) = torch.autograd.grad((sphere_conv2d(x, weight).permute(0, 2, 3, 1) * cotangent).sum(), weight)
+    straight = cotangent.permute(0, 3, 1, 2).contiguous()
+    assert_close(found, torch.autograd.grad(sphere_conv2d(x, weight), weight, straight)[0])
+
+
+@each_operator
+def test_threads_change_nothing_beyond_rounding_and_a_repeat_nothing_at_all(name):
+    options = options_of(name, 24, torch.float32)
+    weight = normal(24, 16, 3, 3, seed=1, dtype=torch.float32).requires_grad_()
+    x = normal(8, 16, 24, 24, dtype=torch.float32).requires_grad_()
+
+    def run():
+        out = sphere_conv2d(x, weight, padding=1, **options)
+        return out, *torch.autograd.grad(out.square().sum(), (x, weight))
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = run()
+        torch.set_num_threads(3)
+        several, again = run(), run()
+    finally:
+        torch.set_num_threads(before)
+    for one, two, three in zip(single, several, again, strict=True):
+        assert_close(one, two, rtol=1e-4, atol=1e-4)
+        assert torch.equal(two, three)
+
+
+@each_operator
+def test_the_gradient_is_right_after_a_change_in_place_and_the_second_time(name):
+    options = options_of(name, 6, torch.float32)
+    x, weight = (
+        normal(2, 3, 6, 6, dtype=torch.float32),
+        normal(6, 3, 3, 3, seed=1, dtype=torch.float32).requires_grad_(),
+    )
+    (expected,) = torch.autograd.grad(F.relu(sphere_conv2d(x, weight, **options)).square().sum(), weight)
+    loss = F.relu_(sphere_conv2d(x, weight, **options)).square().sum()
+    assert_close(torch.autograd.grad(loss, weight, retain_graph=True)[0], expected)
+    assert_close(torch.autograd.grad(loss, weight)[0], expected)
+    loss = F.relu(sphere_conv2d(x, weight, **options)).square().sum()
+    torch.autograd.grad(loss, weight, retain_graph=True)
+    assert_close(torch.autograd.grad(loss, weight)[0], expected)
+
+
+@each_operator
+def test_nothing_of_the_outputs_size_is_held_after_the_backward_pass(name):
+    options = options_of(name, 6, torch.float32)
+    weight = normal(6, 3, 3, 3, seed=1, dtype=torch.float32).requires_grad_()
+    out = sphere_conv2d(normal(2, 3, 6, 6, dtype=torch.float32), weight, **options)
+    context = out.grad_fn
+    assert context.answer is not None
+    out.sum().backward()
+    assert context.answer is None
+
+
+@each_operator
+def test_a_nan_pixel_reaches_its_patches_and_no_others(name):
+    options = options_of(name, 4, torch.float32)
+    x, weight = normal(1, 2, 9, 9, dtype=torch.float32), normal(4, 2, 3, 3, seed=1, dtype=torch.float32)
+    x[0, 1, 4, 4] = float("nan")
+    out = sphere_conv2d(x, weight, padding=1, **options)
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    expected[3:6, 3:6] = True
+    assert torch.equal(out.isnan()[0].any(0), expected)
+    assert torch.equal(out.isnan()[0].all(0), expected)
+
+
+def test_the_functions_of_one_number_are_right_over_their_whole_range():
+    """asin and tanh forward, and their inverses backward, to a few units in the last place."""
+    cosine = torch.linspace(-1, 1, 4001)[1:-1]  # at the ends, where asin has no slope, the kernels stop short of 1
+    inverse = torch.ones(3999, 1)
+    for k in (None, 0.05, 0.3, 5.0, 100.0):
+        operator = "linear" if k is None else "sigmoid"
+        out = cosine[:, None].clone()
+        cpu_kernels.normalise_and_respond_(out, inverse, operator, cpu_kernels.constants(operator, k))
+        truth = torch.asin(cosine.double()) * (2 / torch.pi)
+        if k is not None:
+            truth = torch.tanh(torch.asin(cosine.double()) / (2 * k)) / torch.tanh(
+                torch.tensor(torch.pi / (4 * k)).double()
+            )
+        assert (out[:, 0].double() - truth).abs().max() < 4e-7
+        inner = cosine.abs() < 0.95
+        values = cpu_kernels.constants(operator, k)
+        product, _, _ = cpu_kernels.respond_backward(torch.ones(3999, 1), out, inverse, operator, values)
+        leaf = cosine.double().requires_grad_()
+        answer = torch.asin(leaf) * (2 / torch.pi)
+        if k is not None:
+            answer = torch.tanh(torch.asin(leaf) / (2 * k)) / torch.tanh(torch.tensor(torch.pi / (4 * k)).double())
+        (slope,) = torch.autograd.grad(answer.sum(), leaf)
+        seen = inner & (slope > 1e-3 * slope.max())  # where the step has rounded to +-1 no slope is left
+        assert ((product[:, 0].double() - slope).abs()[seen] / slope[seen]).max() < 2e-4
+
+
+def without_kernels(**environment: str) -> str:
+    """The state and a result in a process of its own."""
+    code = (
+        "import torch; from spherify.functional import cpu_kernels, sphere_conv2d; torch.manual_seed(0);"
+        "x = torch.randn(1, 2, 4, 4); w = torch.randn(3, 2, 3, 3);"
+        "print(cpu_kernels.state(), '|', round(float(sphere_conv2d(x, w).sum()), 4))"
+    )
+    merged = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=merged, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_without_a_compiler_or_with_the_switch_plain_operations_stand_in(tmp_path):
+    state, value = without_kernels().split(" | ")
+    assert state == "compiled"
+    off = without_kernels(SPHERIFY_CPU_KERNELS="0")
+    assert off == f"not in use (SPHERIFY_CPU_KERNELS is 0): plain operations stand in | {value}"
+    none = without_kernels(PATH="", CC="", XDG_CACHE_HOME=str(tmp_path))
+    reason = "no C compiler (cc, gcc, clang) is on the path"
+    assert none == f"not in use ({reason}): plain operations stand in | {value}"
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    failed = without_kernels(CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
+    assert failed == f"not in use ({broken} failed: no such flag): plain operations stand in | {value}"
+
+
+def test_the_library_is_compiled_once_under_its_final_name_and_for_its_owner_alone(tmp_path):
+    assert without_kernels(XDG_CACHE_HOME=str(tmp_path)).startswith("compiled")
+    folder = tmp_path / "spherify"
+    (made,) = folder.iterdir()
+    assert made.name.startswith("cpu_kernels-")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    time = made.stat().st_mtime_ns
+    assert without_kernels(XDG_CACHE_HOME=str(tmp_path)).startswith("compiled")
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [time]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "spherify").write_text("a file stands where the folder should")
+    assert without_kernels(XDG_CACHE_HOME=str(tmp_path)).startswith("compiled")
+
+
+def test_the_key_knows_the_processor():
+    assert c_library.processor()
+
+
+def test_plain_operations_have_the_same_answer():
+    x, weight = normal(2, 3, 8, 8, dtype=torch.float32), normal(5, 3, 3, 3, seed=1, dtype=torch.float32)
+    window = dict(stride=1, padding=1, dilation=1, groups=1, padding_mode="zeros")
+    for name in OPERATORS:
+        options = options_of(name, 5, torch.float32)
+        plain = plain_sphere(x, weight, None, options["operator"], options.get("k"), 1e-4, None, window)
+        assert_close(sphere_conv2d(x, weight, padding=1, **options), plain, rtol=1e-5, atol=1e-6)
