@@ -77,4 +77,6 @@ def bench(
         )
     terminal().print(table)
     terminal().print("Ratios are to plain, those of folded forms to plain folded; memory is the step's own peak.")
+    if device == "cpu":
+        terminal().print(f"CPU kernels: {here['cpu_kernels']}.", markup=False, highlight=False)
     terminal().print(str(folded), markup=False, highlight=False)
