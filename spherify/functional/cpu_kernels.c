@@ -1,8 +1,8 @@
 /* The elementwise part of SphereConv on the CPU, in float32, each in one pass over its tensors.
 
    Compiled on first use and called by cpu_kernels.py. A tensor (N, O, S) lies either with its positions innermost
-   ("planes": strides O S, S, 1) or with its filters innermost ("rows": linear layers and channels-last maps, one
-   group, strides S O, 1, O). Loops over the innermost dimension are written for the compiler to vectorise; no
+   ("planes": strides O S, S, 1) or with its filters innermost ("rows": linear layers and channels-last maps, with
+   one group or depthwise, strides S O, 1, O). Loops over the innermost dimension are written for the compiler to vectorise; no
    -ffast-math, so that a NaN stays one. Sums over many numbers end in double. */
 
 #include <math.h>
@@ -205,8 +205,113 @@ INLINE void box_sums(const float *map, float *between, float *to, long wide, lon
             window_sums(between + p * wide, to + p * wide, out_width, window[1], gap[1], step[1]);
 }
 
+/* Depthwise and channels-last: a row of pixels holds width x channels numbers. Of each output row, sums over the window's
+   rows are taken first, then over its columns. `from` is x to be squared, or what is to be summed as it is. */
+INLINE void rows_of_sums(const float *from, float *restrict columns, float *restrict to, const Window *w, long p,
+                         long height, long width, long out_width, const long *padding, const long *step,
+                         const int squares) {
+    long channels = w->channels;
+    memset(columns, 0, width * channels * sizeof(float));
+    for (long u = 0; u < w->window[0]; u++) {
+        long h = p * step[0] + u * w->dilation[0] - padding[0];
+        if (h < 0 || h >= height) continue;
+        const float *row = from + h * width * channels;
+#pragma omp simd
+        for (long i = 0; i < width * channels; i++) columns[i] += squares ? row[i] * row[i] : row[i];
+    }
+    memset(to, 0, out_width * channels * sizeof(float));
+    for (long q = 0; q < out_width; q++)
+        for (long v = 0; v < w->window[1]; v++) {
+            long column = q * step[1] + v * w->dilation[1] - padding[1];
+            if (column < 0 || column >= width) continue;
+            const float *pixel = columns + column * channels;
+            float *sum = to + q * channels;
+#pragma omp simd
+            for (long c = 0; c < channels; c++) sum[c] += pixel[c];
+        }
+}
+
+/* As patch_inverse_norm, for depthwise layers on channels-last maps; inverse lies as the output does. */
+static int depthwise_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    long pixels = w->height * w->width, row = w->out_width * w->channels;
+    int failed = 0;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *columns = malloc(w->width * w->channels * sizeof(float));
+        failed |= columns == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < w->images * w->out_height; task++) {
+            if (columns == NULL) continue;
+            long n = task / w->out_height, p = task % w->out_height;
+            float *out = inverse + task * row;
+            rows_of_sums(x + n * pixels * w->channels, columns, out, w, p, w->height, w->width, w->out_width, w->padding,
+                         w->stride, 1);
+#pragma omp simd
+            for (long i = 0; i < row; i++) out[i] = scale / sqrtf(out[i] + eps);
+        }
+        free(columns);
+    }
+    return failed;
+}
+
+/* spread[h, w, c] = sum of the map's numbers of all patches that hold the pixel; of any stride. */
+INLINE void scatter(const float *map, float *restrict spread, const Window *w) {
+    long channels = w->channels;
+    memset(spread, 0, w->height * w->width * channels * sizeof(float));
+    for (long p = 0; p < w->out_height; p++)
+        for (long u = 0; u < w->window[0]; u++) {
+            long h = p * w->stride[0] + u * w->dilation[0] - w->padding[0];
+            if (h < 0 || h >= w->height) continue;
+            for (long q = 0; q < w->out_width; q++)
+                for (long v = 0; v < w->window[1]; v++) {
+                    long column = q * w->stride[1] + v * w->dilation[1] - w->padding[1];
+                    if (column < 0 || column >= w->width) continue;
+                    const float *from = map + (p * w->out_width + q) * channels;
+                    float *to = spread + (h * w->width + column) * channels;
+#pragma omp simd
+                    for (long c = 0; c < channels; c++) to[c] += from[c];
+                }
+        }
+}
+
+/* As subtract_along, for depthwise layers on channels-last maps. */
+static int depthwise_subtract_along(float *by_x, const float *x, const float *along, const float *inverse,
+                                    const Window *w) {
+    long row = w->width * w->channels, out_row = w->out_width * w->channels, size = w->out_height * out_row;
+    long one[2] = {1, 1}, padding[2];
+    int is_dense = w->stride[0] == 1 && w->stride[1] == 1, failed = 0;
+    for (int axis = 0; axis < 2; axis++) padding[axis] = (w->window[axis] - 1) * w->dilation[axis] - w->padding[axis];
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *map = malloc(size * sizeof(float)), *columns = malloc(out_row * sizeof(float));
+        float *spread = malloc((is_dense ? 1 : w->height) * row * sizeof(float));
+        failed |= map == NULL || columns == NULL || spread == NULL;
+#pragma omp for schedule(static)
+        for (long n = 0; n < w->images; n++) {
+            if (map == NULL || columns == NULL || spread == NULL) continue;
+            const float *a = along + n * size, *i = inverse + n * size;
+#pragma omp simd
+            for (long s = 0; s < size; s++) map[s] = a[s] * (i[s] * i[s]);
+            if (!is_dense) scatter(map, spread, w);
+            for (long h = 0; h < w->height; h++) {
+                if (is_dense)
+                    rows_of_sums(map, columns, spread, w, h, w->out_height, w->out_width, w->width, padding, one, 0);
+                float *to = by_x + (n * w->height + h) * row;
+                const float *from = x + (n * w->height + h) * row, *held = spread + (is_dense ? 0 : h * row);
+#pragma omp simd
+                for (long c = 0; c < row; c++) to[c] -= from[c] * held[c];
+            }
+        }
+        free(map);
+        free(columns);
+        free(spread);
+    }
+    return failed;
+}
+
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    if (w->channels_last && w->groups > 1) return depthwise_inverse_norm(x, inverse, w, eps, scale);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];
@@ -224,7 +329,15 @@ int patch_inverse_norm(const float *x, float *inverse, const Window *w, float ep
             if (energy == NULL || map == NULL) continue;
             long n = task / w->groups, g = task % w->groups;
             float *out = inverse + task * positions;
-            if (w->channels_last) {
+            if (channels == 1) {
+                const float *plane = x + task * pixels;
+                for (long h = 0; h < w->height; h++) {
+                    float *to = is_pointwise ? energy + h * w->width : map + (h + w->padding[0]) * wide + w->padding[1];
+                    const float *from = plane + h * w->width;
+#pragma omp simd
+                    for (long c = 0; c < w->width; c++) to[c] = from[c] * from[c];
+                }
+            } else if (w->channels_last) {
                 for (long s = 0; s < pixels; s++)
                     energy[s] = squares_of_row(x + (n * pixels + s) * w->channels, channels);
             } else {
@@ -238,7 +351,7 @@ int patch_inverse_norm(const float *x, float *inverse, const Window *w, float ep
                 for (long s = 0; s < positions; s++) out[s] = scale / sqrtf(energy[s] + eps);
                 continue;
             }
-            for (long h = 0; h < w->height; h++)
+            for (long h = 0; h < w->height && channels > 1; h++)
                 memcpy(map + (h + w->padding[0]) * wide + w->padding[1], energy + h * w->width,
                        w->width * sizeof(float));
             box_sums(map, between, sums, wide, w->out_height, w->out_width, w->window, w->stride, w->dilation);
@@ -256,6 +369,7 @@ int patch_inverse_norm(const float *x, float *inverse, const Window *w, float ep
 /* by_x -= x a, where a spreads along inverse^2 of each patch over the patch's pixels: the sums over windows of a map
    in which each patch's number stands where its last pixel is. */
 int subtract_along(float *by_x, const float *x, const float *along, const float *inverse, const Window *w) {
+    if (w->channels_last && w->groups > 1) return depthwise_subtract_along(by_x, x, along, inverse, w);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long reach[2] = {(w->window[0] - 1) * w->dilation[0], (w->window[1] - 1) * w->dilation[1]}, one[2] = {1, 1};
@@ -351,13 +465,13 @@ static void forward_planes(float *product, float *kept, const Elementwise *e) {
 }
 
 /* All filters at one position. */
-INLINE void forward_row(float *restrict out, float *restrict kept, float inverse, const Elementwise *e,
-                        const int operator, const int keeps, const int is_full) {
+INLINE void forward_row(float *restrict out, float *restrict kept, const float *inverse, const Elementwise *e,
+                        const int operator, const int keeps, const int is_full, const int is_depthwise) {
     float guard = e->guard, low = e->low, high = e->high;
     const float *length = e->length, *gain = e->gain, *bias = e->bias, *steep = e->steep, *rise = e->rise;
 #pragma omp simd
     for (long o = 0; o < e->filters; o++) {
-        float c = out[o] * inverse * (is_full ? length[o] : 1.0f);
+        float c = out[o] * inverse[is_depthwise ? o : 0] * (is_full ? length[o] : 1.0f);
         float r = respond(c, operator, guard, operator == SIGMOID ? steep[o] : 1.0f,
                           operator != COSINE && is_full ? rise[o] : 1.0f);
         if (keeps) kept[o] = r;
@@ -365,24 +479,25 @@ INLINE void forward_row(float *restrict out, float *restrict kept, float inverse
     }
 }
 
-static void forward_rows(float *product, float *kept, const Elementwise *e) {
+INLINE void forward_row_of(float *out, float *kept, const float *inverse, const Elementwise *e, const int operator) {
     int is_full = e->length && e->gain && e->bias;
+    if (e->groups > 1) {
+        if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 1);
+        else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 1);
+        else forward_row(out, kept, inverse, e, operator, 0, 0, 1);
+    } else if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 0);
+    else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 0);
+    else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
+}
+
+static void forward_rows(float *product, float *kept, const Elementwise *e) {
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
     for (long row = 0; row < e->images * e->positions; row++) {
         float *out = product + row * e->filters, *also = kept == NULL ? NULL : kept + row * e->filters;
-        float inverse = e->inverse[row];
-        if (e->operator == COSINE) {
-            if (is_full) forward_row(out, also, inverse, e, COSINE, 0, 1);
-            else forward_row(out, also, inverse, e, COSINE, 0, 0);
-        } else if (e->operator == LINEAR) {
-            if (also != NULL) forward_row(out, also, inverse, e, LINEAR, 1, 1);
-            else if (is_full) forward_row(out, also, inverse, e, LINEAR, 0, 1);
-            else forward_row(out, also, inverse, e, LINEAR, 0, 0);
-        } else {
-            if (also != NULL) forward_row(out, also, inverse, e, SIGMOID, 1, 1);
-            else if (is_full) forward_row(out, also, inverse, e, SIGMOID, 0, 1);
-            else forward_row(out, also, inverse, e, SIGMOID, 0, 0);
-        }
+        const float *inverse = e->inverse + row * e->groups;
+        if (e->operator == COSINE) forward_row_of(out, also, inverse, e, COSINE);
+        else if (e->operator == LINEAR) forward_row_of(out, also, inverse, e, LINEAR);
+        else forward_row_of(out, also, inverse, e, SIGMOID);
     }
 }
 
@@ -459,14 +574,15 @@ static void backward_planes(const Backward *b, double *totals, const Elementwise
 }
 
 /* All filters at one position; sums over positions are added to `part`, (4, O). Returns what is along the patch. */
-INLINE float backward_row(const float *gradient, const float *saved, float inverse, float *restrict product,
-                          float *restrict part, const Elementwise *e, const int operator, const int has_saved) {
+INLINE void backward_row(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, float *restrict part, const Elementwise *e, const int operator,
+                         const int has_saved, const int is_depthwise) {
     const float *length = e->length, *gains = e->gain, *steep = e->steep, *end = e->end;
     const float *offset = e->offset, *unscale = e->unscale;
     float *restrict total = part, *restrict with_answer = part + e->filters;
     float *restrict for_k = part + 2 * e->filters, *restrict along_filter = part + 3 * e->filters;
-    float along = 0.0f, guard = e->guard, step = e->step;
-#pragma omp simd reduction(+ : along)
+    float sum = 0.0f, guard = e->guard, step = e->step;
+#pragma omp simd reduction(+ : sum)
     for (long o = 0; o < e->filters; o++) {
         float d = gradient[o], answer = has_saved ? (saved[o] - offset[o]) * unscale[o] : 0.0f;
         Slope at_o = slope_at(answer, operator == COSINE ? d : d * gains[o], operator, guard, step,
@@ -477,11 +593,18 @@ INLINE float backward_row(const float *gradient, const float *saved, float inver
         if (has_saved) {
             float a = at_o.cosine * at_o.slope;
             along_filter[o] += a;
-            along += a;
+            if (is_depthwise) along[o] = a;
+            else sum += a;
         }
-        product[o] = at_o.slope * length[o] * (operator == COSINE ? gains[o] : 1.0f) * inverse;
+        product[o] = at_o.slope * length[o] * (operator == COSINE ? gains[o] : 1.0f) * inverse[is_depthwise ? o : 0];
     }
-    return along;
+    if (has_saved && !is_depthwise) *along = sum;
+}
+
+INLINE void backward_row_of(const float *gradient, const float *saved, const float *inverse, float *product, float *along,
+                            float *part, const Elementwise *e, const int operator) {
+    if (e->groups > 1) backward_row(gradient, saved, inverse, product, along, part, e, operator, 1, 1);
+    else backward_row(gradient, saved, inverse, product, along, part, e, operator, 1, 0);
 }
 
 static int backward_rows(const Backward *b, double *totals, const Elementwise *e) {
@@ -500,12 +623,12 @@ static int backward_rows(const Backward *b, double *totals, const Elementwise *e
             for (long row = block * ROWS_A_SUM; row < last; row++) {
                 const float *gradient = b->gradient + row * filters;
                 const float *saved = b->saved == NULL ? NULL : b->saved + row * filters;
-                float *product = b->product + row * filters, inverse = e->inverse[row];
-                float along = saved == NULL           ? backward_row(gradient, saved, inverse, product, part, e, COSINE, 0)
-                              : e->operator == COSINE ? backward_row(gradient, saved, inverse, product, part, e, COSINE, 1)
-                              : e->operator == LINEAR ? backward_row(gradient, saved, inverse, product, part, e, LINEAR, 1)
-                                                      : backward_row(gradient, saved, inverse, product, part, e, SIGMOID, 1);
-                b->along[row] = along;
+                const float *inverse = e->inverse + row * e->groups;
+                float *product = b->product + row * filters, *along = b->along + row * e->groups;
+                if (saved == NULL) backward_row(gradient, saved, inverse, product, along, part, e, COSINE, 0, 0);
+                else if (e->operator == COSINE) backward_row_of(gradient, saved, inverse, product, along, part, e, COSINE);
+                else if (e->operator == LINEAR) backward_row_of(gradient, saved, inverse, product, along, part, e, LINEAR);
+                else backward_row_of(gradient, saved, inverse, product, along, part, e, SIGMOID);
             }
             for (long i = 0; i < 4 * filters; i++) sums[i] += part[i];
         }

@@ -110,13 +110,22 @@ def takes(x: Tensor, groups: int) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0:
         return False
     rows = is_rows(x)
-    if rows is None or (rows and groups > 1 and not x.is_contiguous()):
+    if rows is None or (rows and groups not in (1, x.shape[1]) and not x.is_contiguous()):
         return False
     return library() is not None
 
 
 def lies_in_rows(x: Tensor, groups: int) -> bool:
-    return groups == 1 and bool(is_rows(x))
+    return groups in (1, x.shape[1]) and bool(is_rows(x))
+
+
+def fits(product: Tensor, inverse: Tensor) -> bool:
+    """Whether norms lie as the kernels expect them beside this product: as it does, where there are several groups."""
+    groups = inverse.shape[1]
+    if groups == 1 or math.prod(product.shape[2:]) == 1:
+        return True
+    rows = lies_in_rows(product, groups)
+    return inverse.is_contiguous(memory_format=torch.channels_last if rows else torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,7 +190,8 @@ def patch_inverse_norm(
         )
         return out
     described, sizes = described_window(x, window, stride, padding, dilation, groups)
-    out = x.new_empty(sizes)
+    is_depthwise_in_rows = groups > 1 and described.channels_last
+    out = torch.empty(sizes, memory_format=torch.channels_last if is_depthwise_in_rows else torch.contiguous_format)
     checked(kernels.patch_inverse_norm(x.data_ptr(), out.data_ptr(), ctypes.byref(described), eps, scale))
     return out
 

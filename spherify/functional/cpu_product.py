@@ -62,7 +62,7 @@ def forward(
     """None where the convolution's output lies in a way the kernels do not read. ``keeps``: for a gradient later."""
     inverse = patch_norms(x, weight, window, eps)
     out = multiply(x, weight, *window)
-    if not cpu_kernels.takes(out, window.groups):
+    if not cpu_kernels.takes(out, window.groups) or not cpu_kernels.fits(out, inverse):
         return None
     length = cpu_kernels.inverse_lengths(weight, eps)
     keeps = keeps and operator != "cosine" and not is_in_output(gain, bias)

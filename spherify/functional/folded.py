@@ -200,7 +200,8 @@ def finish(
 ) -> Tensor:
     """What is left after the product, in place where nobody looks."""
     groups = inverse.shape[1]
-    if served(product, groups) and inverse.dtype == product.dtype and not product.requires_grad:
+    is_plain = inverse.dtype == product.dtype and not product.requires_grad
+    if is_plain and served(product, groups) and cpu_kernels.fits(product, inverse):
         guard = math.inf if operator == "cosine" else None
         low, high = BOUNDS[activation]
         values = dict(gain=scale, bias=bias, steep=steepness)

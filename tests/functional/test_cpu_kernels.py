@@ -114,6 +114,32 @@ def test_linear_layers_and_one_dimension(name, bias_size, kernel_calls):
     assert len(kernel_calls) == 2
 
 
+@pytest.mark.parametrize(
+    "window", [dict(padding=3), dict(padding=1, stride=2), dict(dilation=2, padding=(4, 0))], ids=str
+)
+@each_operator
+def test_depthwise_layers_on_channels_last_maps(name, window, kernel_calls):
+    options = options_of(name, 10, torch.float32)
+    operator, k = options["operator"], options.get("k")
+    weight = normal(10, 1, 7, 3, seed=1, dtype=torch.float32)
+    x = normal(2, 10, 16, 13, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def run(x, weight, k):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return sphere_conv2d(x, weight, groups=10, k=k, operator=operator, **window)
+
+    found, truth = in_both_types(run, (x, weight), k)
+    assert_near(found, truth)
+    assert len(kernel_calls) == 1
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_depthwise_layer_whose_input_is_one_pixel_and_whose_output_is_not():
+    x, weight = normal(2, 6, 1, 1, dtype=torch.float32), normal(6, 1, 3, 3, seed=1, dtype=torch.float32)
+    found = sphere_conv2d(x, weight, padding=3, groups=6)
+    assert_close(found.double(), sphere_conv2d(x.double(), weight.double(), padding=3, groups=6), rtol=1e-5, atol=1e-6)
+
+
 @each_operator
 def test_channels_last_and_strange_layouts(name):
     options = options_of(name, 12, torch.float32)
