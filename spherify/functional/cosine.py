@@ -115,6 +115,8 @@ def patch_energy(x: Tensor, groups: int) -> Tensor:
 
 def per_axis(value: int | Sequence[int], dims: int, name: str) -> tuple[int, ...]:
     """One number for each spatial dimension."""
+    if type(value) is tuple and len(value) == dims:  # a layer's own, at every call
+        return value
     if isinstance(value, int):
         return (value,) * dims
     numbers = tuple(int(number) for number in value)

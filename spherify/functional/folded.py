@@ -146,12 +146,13 @@ def folded_conv(
         x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
         pads, padding = [(0, 0)] * dims, 0
     numbers = (tuple(stride), tuple(before for before, _ in pads), tuple(dilation), groups)
-    if all(before == after for before, after in pads) and served(x, groups):
+    by_kernels = all(before == after for before, after in pads) and served(x, groups)
+    if by_kernels:
         inverse = norms_by_kernel(x, tuple(window), numbers, eps, power, shared)
     else:
         inverse = inverse_norms(x, window, stride, pads, dilation, groups, eps, power, shared)
     product = CONVOLUTIONS[dims](x, weight, None, stride, padding, dilation, groups)
-    out = finish(product, inverse, operator, steepness, scale, bias, activation)
+    out = finish(product, inverse, operator, steepness, scale, bias, activation, by_kernels)
     return out[0] if is_unbatched else out
 
 
@@ -171,10 +172,10 @@ def folded_linear(
     """``folded_conv`` for (..., D) and (O, D)."""
 
     given = x.reshape(-1, x.shape[-1])
-    by_kernel = served(given, 1)
+    by_kernels = served(given, 1)
 
     def inverse() -> Tensor:
-        if by_kernel:
+        if by_kernels:
             return cpu_kernels.patch_inverse_norm(given, (), (), (), (), 1, eps, power)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if takes(x) and not needs_graph(x):
@@ -185,7 +186,7 @@ def folded_linear(
     found = inverse() if shared is None or not can_share(x) else shared.get(x, (eps, power), inverse)
     product = F.linear(x, weight)
     flat, norms = product.reshape(-1, weight.shape[0]), found.reshape(-1, 1)
-    rows = finish(flat, norms, operator, steepness, scale, bias, activation)
+    rows = finish(flat, norms, operator, steepness, scale, bias, activation, by_kernels)
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -196,12 +197,13 @@ def finish(
     steepness: float | Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
-    activation: str | None = None,
+    activation: str | None,
+    by_kernels: bool,
 ) -> Tensor:
-    """What is left after the product, in place where nobody looks."""
+    """What is left after the product, in place where nobody looks. ``by_kernels``: they have taken the input."""
     groups = inverse.shape[1]
-    is_plain = inverse.dtype == product.dtype and not product.requires_grad
-    if is_plain and served(product, groups) and cpu_kernels.fits(product, inverse):
+    is_taken = by_kernels and not product.requires_grad and cpu_kernels.takes(product, groups)
+    if is_taken and cpu_kernels.fits(product, inverse):
         guard = math.inf if operator == "cosine" else None
         low, high = BOUNDS[activation]
         values = dict(gain=scale, bias=bias, steep=steepness)
