@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from spherify.errors import ModelError
+from spherify.graph.shapes import PLAIN_TYPES, blank_like
 
 HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CONTAINERS = (dict, OrderedDict, list, set)
@@ -22,7 +23,8 @@ UNCHANGEABLE = frozenset(
         *(torch.dtype, torch.device, torch.Size),
     }
 )
-COPY_METHODS = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")  # what ``copy.deepcopy`` asks for
+COPY_METHODS = ("__reduce_ex__", "__reduce__", "__getstate__")  # what ``copy.deepcopy`` asks for
+LEFT_OUT = "_compiled_call_impl"  # by nn.Module.__getstate__
 
 
 def copy_without_data(model: nn.Module, device: str) -> nn.Module:
@@ -38,9 +40,9 @@ def copy_without_data(model: nn.Module, device: str) -> nn.Module:
     plain: list[nn.Module] = []
     for module in model.modules():
         for table in HOOK_TABLES:
-            hooks = module.__dict__[table]
-            kept = [(key, hook) for key, hook in hooks.items() if isinstance(hook, (WeightNorm, SpectralNorm))]
-            memo[id(hooks)] = OrderedDict(kept)
+            if hooks := module.__dict__[table]:
+                kept = [(key, hook) for key, hook in hooks.items() if isinstance(hook, (WeightNorm, SpectralNorm))]
+                memo[id(hooks)] = OrderedDict(kept)
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor) and id(value) not in memo:
                 moved = moved_to(value, device)
@@ -51,7 +53,8 @@ def copy_without_data(model: nn.Module, device: str) -> nn.Module:
             plain.append(module)
     try:
         for module in plain:
-            memo[id(module)].__dict__.update({key: copied(value, memo) for key, value in vars(module).items()})
+            fill(vars(memo[id(module)]), vars(module), memo)
+            vars(memo[id(module)]).pop(LEFT_OUT, None)
         return copied(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise ModelError(
@@ -64,9 +67,11 @@ def has_plain_state(kind: type[nn.Module]) -> bool:
     """Whether ``copy.deepcopy`` would make an object of the class without a call and fill its ``__dict__``."""
     if hasattr(kind, "__deepcopy__") or any(vars(parent).get("__slots__") for parent in kind.__mro__):
         return False
-    return kind.__new__ is object.__new__ and all(
-        getattr(kind, name) is getattr(nn.Module, name) for name in COPY_METHODS
-    )
+    if kind.__new__ is not object.__new__ or any(
+        getattr(kind, name) != getattr(nn.Module, name) for name in COPY_METHODS
+    ):
+        return False
+    return kind.__setstate__.__module__.startswith("torch.nn.modules.")  # these add what old files lack
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -76,22 +81,30 @@ def copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if kind is tuple and all(type(item) in UNCHANGEABLE for item in value):
+        return value
     if kind not in CONTAINERS:
         return copy.deepcopy(value, memo)
     memo[id(value)] = twin = kind()
     if kind is list:
-        twin.extend(copied(item, memo) for item in value)
+        twin.extend([copied(item, memo) for item in value])
     elif kind is set:
-        twin.update(copied(item, memo) for item in value)
-    else:
-        twin.update((copied(key, memo), copied(item, memo)) for key, item in value.items())
+        twin.update([copied(item, memo) for item in value])
+    elif value:
+        fill(twin, value, memo)
     return twin
+
+
+def fill(twin: dict, original: dict, memo: dict[int, Any]) -> None:
+    for key, value in original.items():
+        own_key = key if type(key) is str else copied(key, memo)
+        twin[own_key] = value if type(value) in UNCHANGEABLE else copied(value, memo)
 
 
 def moved_to(value: Tensor, device: str) -> Tensor:
     """A copy on ``device``; what has no data becomes zeros there."""
     if device == "meta":
-        return torch.empty_like(value, device="meta")
+        return blank_like(value) if type(value) in PLAIN_TYPES else torch.empty_like(value, device="meta")
     if value.is_meta:
         return torch.zeros_like(value, device=device)
     return value.detach().to(device, copy=True)

@@ -21,11 +21,13 @@ def blank(shape: Iterable[int], like: Tensor) -> Tensor:
 
 
 def blank_like(x: Tensor) -> Tensor:
-    """``torch.empty_like``, by the strides where these fill the memory without a gap."""
+    """``torch.empty_like(x, device="meta")``, by the strides where these fill the memory without a gap."""
+    if x.layout is not torch.strided or x.is_quantized:
+        return torch.empty_like(x, device="meta")
     strides = x.stride()
     if x.is_contiguous() or is_dense(x.shape, strides):
         return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
-    return torch.empty_like(x)
+    return torch.empty_like(x, device="meta")
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
