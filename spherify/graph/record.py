@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import operator
 import random
 import threading
@@ -26,10 +27,16 @@ FILLS_ARGUMENT = frozenset({"__setitem__"})  # changes its first argument and re
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is called with while it is recorded."""
+    """What the model is called with while it is recorded.
+
+    Attributes:
+        args, kwargs: as in ``model(*args, **kwargs)``.
+        settings: path of a module, name and value of an attribute that its copy gets for the run.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+    settings: tuple[tuple[str, str, Any], ...] = ()
 
     def on(self, device: str) -> Inputs:
         """The same with every tensor on ``device``; tensors without data become random numbers."""
@@ -45,7 +52,7 @@ class Inputs:
                 return torch.rand(value.shape, dtype=value.dtype, device=device)
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
-        return Inputs(map_tree(move, self.args), map_tree(move, dict(self.kwargs or {})))
+        return Inputs(map_tree(move, self.args), map_tree(move, dict(self.kwargs or {})), self.settings)
 
 
 @dataclass(frozen=True)
@@ -209,10 +216,28 @@ def unchanged_random_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+@contextlib.contextmanager
+def no_collector(device: str) -> Iterator[None]:
+    """Without Python's collector of cycles, where no memory waits for it.
+
+    A recording keeps all that it makes, and the collector would search it again and again in vain.
+    """
+    is_paused = device == "meta" and gc.isenabled()
+    if is_paused:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if is_paused:
+            gc.enable()
+
+
 def run(model: nn.Module, inputs: Inputs, training: bool, device: str) -> Recording:
     """Record one run of a copy of ``model`` on ``device``; whatever the model raises comes through."""
-    with unchanged_random_state():
+    with unchanged_random_state(), no_collector(device):
         trial = copy_without_data(model, device).train(training)
+        for path, name, value in inputs.settings:
+            setattr(trial.get_submodule(path), name, value)
         inputs = inputs.on(device)
         recorder = Recorder(trial, keeps_tensors=device == "meta")
         for index, tensor in enumerate(tensors_in((inputs.args, inputs.kwargs))):
