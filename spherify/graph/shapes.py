@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spherify.graph.blanks import PLAIN_TYPES, blank, blank_like, common_shape, is_dense, is_like
+
 Answer = Tensor | tuple[Tensor, ...] | None  # None: ask torch itself
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)  # a subclass may have its own answer
 DIMS_OF_MODE = {"nearest": (3, 4, 5), "nearest-exact": (3, 4, 5), "linear": (3,), "bilinear": (4,), "bicubic": (4,)}
-
-
-def blank(shape: Iterable[int], like: Tensor) -> Tensor:
-    """A contiguous tensor; ``new_empty`` takes torch ten times as long without data."""
-    return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
-
-
-def blank_like(x: Tensor) -> Tensor:
-    """``torch.empty_like(x, device="meta")``, by the strides where these fill the memory without a gap."""
-    if x.layout is not torch.strided or x.is_quantized:
-        return torch.empty_like(x, device="meta")
-    strides = x.stride()
-    if x.is_contiguous() or is_dense(x.shape, strides):
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device="meta")
-    return torch.empty_like(x, device="meta")
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(strides, shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def is_like(x: Tensor, other: Any) -> bool:
-    """Whether ``other`` is a tensor without data of the same floating-point type."""
-    return type(other) in PLAIN_TYPES and other.is_meta and other.dtype == x.dtype and x.is_floating_point()
 
 
 def shape_of_activation(x: Tensor, inplace: bool = False) -> Answer:
@@ -98,19 +69,6 @@ def shape_of_arithmetic_in_place(x: Tensor, other: Any) -> Answer:
     if isinstance(other, (int, float)):
         return shape_of_activation(x, inplace=True)
     return x if is_like(x, other) and common_shape(x.shape, other.shape) == tuple(x.shape) else None
-
-
-def common_shape(one: Sequence[int], two: Sequence[int]) -> tuple[int, ...] | None:
-    """The shape to which two are broadcast, or None."""
-    longer, shorter = (one, two) if len(one) >= len(two) else (two, one)
-    start = len(longer) - len(shorter)
-    shape = list(longer)
-    for index, size in enumerate(shorter, start):
-        if shape[index] == 1:
-            shape[index] = size
-        elif size not in (1, shape[index]):
-            return None
-    return tuple(shape)
 
 
 def shape_of_batch_norm(
@@ -243,11 +201,11 @@ def shape_of_interpolate(
     if (size is None) == (scale_factor is None) or not (x.is_floating_point() and x.is_contiguous()):
         return None
     given = scale_factor if size is None else size
-    numbers = [given] * (x.dim() - 2) if isinstance(given, (int, float)) else list(given)  # type: ignore[arg-type]
+    numbers: list[Any] = [given] * (x.dim() - 2) if isinstance(given, (int, float)) else list(given or ())
     if size is None:
         numbers = [math.floor(before * scale) for before, scale in zip(x.shape[2:], numbers, strict=True)]
     fits = len(numbers) == x.dim() - 2 and all(isinstance(after, int) and after > 0 for after in numbers)
-    return blank((*x.shape[:2], *numbers), x) if fits else None  # type: ignore[arg-type]
+    return blank((*x.shape[:2], *numbers), x) if fits else None
 
 
 def shape_of_adaptive_pool(x: Tensor, output_size: int | Sequence[int | None]) -> Answer:
