@@ -21,6 +21,7 @@ from spherify.graph.site import Site
 from spherify.graph.survey import survey
 from spherify.graph.uses import runs_after
 from spherify.models.checkpoint import load_checkpoint_
+from spherify.models.effort import modest_settings
 from spherify.models.inputs import candidate_inputs
 from spherify.models.resolve import SOURCE, Source, build, resolve
 from spherify.plan.heads import plan_heads
@@ -193,10 +194,11 @@ def first_run(model: nn.Module, example_input: Any) -> tuple[Inputs, tuple[Recor
 
     A guess on which it also trains goes before one on which it does not: Inception's auxiliary head needs 299 pixels.
     """
+    settings = modest_settings(model)
     if example_input is not None:
-        inputs = as_inputs(example_input)
+        inputs = replace(as_inputs(example_input), settings=settings)
         return inputs, record_both(model, inputs)
-    candidates = [Inputs(args) for args in candidate_inputs(model)]
+    candidates = [Inputs(args, settings=settings) for args in candidate_inputs(model)]
     if not candidates:
         raise ModelError(f"{type(model).__name__}: no input can be guessed; pass example_input=... .")
     failures = []

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import gc
 import operator
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spherify.errors import ModelError
+from spherify.graph.copies import copy_without_data, one_line
 from spherify.graph.shapes import answer
 
-HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FILLS_ARGUMENT = frozenset({"__setitem__"})  # changes its first argument and returns nothing
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is called with while it is recorded."""
+    """What the model is called with while it is recorded.
+
+    Attributes:
+        args, kwargs: as in ``model(*args, **kwargs)``.
+        settings: path of a module, name and value of an attribute that its copy gets for the run.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
+    settings: tuple[tuple[str, str, Any], ...] = ()
 
     def on(self, device: str) -> Inputs:
         """The same with every tensor on ``device``; tensors without data become random numbers."""
@@ -49,7 +52,7 @@ class Inputs:
                 return torch.rand(value.shape, dtype=value.dtype, device=device)
             return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
-        return Inputs(map_tree(move, self.args), map_tree(move, dict(self.kwargs or {})))
+        return Inputs(map_tree(move, self.args), map_tree(move, dict(self.kwargs or {})), self.settings)
 
 
 @dataclass(frozen=True)
@@ -96,42 +99,61 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-class Recorder(TorchFunctionMode):
-    """Writes every torch function, and the stack of modules that called it, into a graph."""
+class ByIdentity:
+    """A table by objects, which it keeps alive; faster than one that must not."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
+        self.entries: dict[int, tuple[Any, Any]] = {}
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        entry = self.entries.get(id(key))
+        return default if entry is None else entry[1]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[id(key)] = (key, value)
+
+
+class Recorder(TorchFunctionMode):
+    """Writes every torch function, and the stack of modules that called it, into a graph.
+
+    Args:
+        keeps_tensors: hold every tensor of the run until its end, which costs no memory on meta.
+    """
+
+    def __init__(self, model: nn.Module, *, keeps_tensors: bool = False) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.calls: dict[str, int] = {}
         self.stack: list[str] = []
         self.thread = threading.get_ident()
-        self.paths = WeakIdKeyDictionary()
+        self.paths = ByIdentity()
         for path, module in model.named_modules():  # the first path of each object
             self.paths[module] = path
-        self.nodes = WeakTensorKeyDictionary()
-        self.weights = WeakTensorKeyDictionary()
+        self.nodes: Any = ByIdentity() if keeps_tensors else WeakTensorKeyDictionary()
+        self.weights = ByIdentity()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.weights[tensor] = name
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if module in self.paths and threading.get_ident() == self.thread:
-            path = self.paths[module]
+        path = self.paths.get(module)
+        if path is not None and threading.get_ident() == self.thread:
             self.stack.append(path)
             self.calls[path] = self.calls.get(path, 0) + 1
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module in self.paths and threading.get_ident() == self.thread:
+        if self.paths.get(module) is not None and threading.get_ident() == self.thread:
             self.stack.pop()
 
     def node_of(self, value: Any) -> Any:
         """The node that made a tensor; a weight or a constant gets its node on first sight."""
         if not isinstance(value, Tensor):
             return value
-        if value in self.nodes:
-            return self.nodes[value]
-        node = self.graph.create_node("get_attr", self.weights.get(value, "constant"))
-        self.bind(node, value)
-        node.meta["is_weight"] = value in self.weights
+        node = self.nodes.get(value)
+        if node is None:
+            name = self.weights.get(value)
+            node = self.graph.create_node("get_attr", name or "constant")
+            self.bind(node, value)
+            node.meta["is_weight"] = name is not None
         return node
 
     def bind(self, node: fx.Node, value: Tensor) -> None:
@@ -154,13 +176,10 @@ class Recorder(TorchFunctionMode):
         return output
 
     def write(self, func: Any, name: str, args: Any, kwargs: Any, output: Any, made: list[Tensor]) -> None:
-        node = self.graph.create_node(
-            "call_function",
-            func,
-            fx.node.map_aggregate(tuple(args), self.node_of),
-            fx.node.map_aggregate(dict(kwargs), self.node_of),
-            name=name.strip("_") or None,
-        )
+        node_args = fx.node.map_aggregate(tuple(args), self.node_of)
+        node_kwargs = fx.node.map_aggregate(dict(kwargs), self.node_of)
+        node = self.graph.create_node("call_function", func, name=name.strip("_") or None)
+        node.args, node.kwargs = node_args, node_kwargs  # create_node would search them for symbolic numbers, slowly
         if isinstance(output, Tensor):
             self.bind(node, output)
         elif made:
@@ -185,46 +204,6 @@ class Recorder(TorchFunctionMode):
             after.remove()
 
 
-def copy_without_data(model: nn.Module, device: str) -> nn.Module:
-    """A copy whose tensors stand on ``device`` (``meta`` costs no memory) and whose users' hooks are left out.
-
-    Hooks that compute a weight (``weight_norm``, ``spectral_norm`` of ``torch.nn.utils``) stay.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for table in HOOK_TABLES:
-            hooks = module.__dict__[table]
-            kept = [(key, hook) for key, hook in hooks.items() if isinstance(hook, (WeightNorm, SpectralNorm))]
-            memo[id(hooks)] = OrderedDict(kept)
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                moved = moved_to(value, device)
-                is_parameter = isinstance(value, nn.Parameter)
-                memo[id(value)] = nn.Parameter(moved, value.requires_grad) if is_parameter else moved
-    try:
-        return copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied for a trial run ({one_line(error)}); "
-            "keep what cannot be copied out of the module's attributes."
-        ) from error
-
-
-def moved_to(value: Tensor, device: str) -> Tensor:
-    """A copy on ``device``; what has no data becomes zeros there."""
-    if device == "meta":
-        return torch.empty_like(value, device="meta")
-    if value.is_meta:
-        return torch.zeros_like(value, device=device)
-    return value.detach().to(device, copy=True)
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 160 else text[:157] + "..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 @contextlib.contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """Of torch, Python and NumPy: models draw from all three."""
@@ -237,12 +216,30 @@ def unchanged_random_state() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+@contextlib.contextmanager
+def no_collector(device: str) -> Iterator[None]:
+    """Without Python's collector of cycles, where no memory waits for it.
+
+    A recording keeps all that it makes, and the collector would search it again and again in vain.
+    """
+    is_paused = device == "meta" and gc.isenabled()
+    if is_paused:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if is_paused:
+            gc.enable()
+
+
 def run(model: nn.Module, inputs: Inputs, training: bool, device: str) -> Recording:
     """Record one run of a copy of ``model`` on ``device``; whatever the model raises comes through."""
-    with unchanged_random_state():
+    with unchanged_random_state(), no_collector(device):
         trial = copy_without_data(model, device).train(training)
+        for path, name, value in inputs.settings:
+            setattr(trial.get_submodule(path), name, value)
         inputs = inputs.on(device)
-        recorder = Recorder(trial)
+        recorder = Recorder(trial, keeps_tensors=device == "meta")
         for index, tensor in enumerate(tensors_in((inputs.args, inputs.kwargs))):
             recorder.bind(recorder.graph.placeholder(f"input_{index}"), tensor)
         with torch.no_grad(), recorder.listening():

@@ -124,6 +124,8 @@ class AngularLayer(nn.Module):
         For an input of unit variance the inner product has the standard deviation ``|w|``; the response to a
         patch of random direction has the one that ``Response.spread`` computes. The gain is their ratio.
         """
+        if self.weight.is_meta:  # without data there is nothing to match
+            return torch.empty(self.weight.shape[0], dtype=self.weight.dtype, device="meta")
         weight = self.filters().flatten(1).to(torch.promote_types(self.weight.dtype, torch.float32))
         gain = weight.norm(dim=1) / response_named(operator).spread(k, weight.shape[1])
         return gain.to(self.weight.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from spherify.rewrite.swaps import ORIGIN, put_back_, remove_, swap_, swap_back_
 MOST_NAMED = 3  # problems spelt out in one line
 REPLACED = "replaced"  # the rule of a layer that is another one than the plan's since the conversion
 CONVERSION = "spherify_conversion"  # attribute of a converted model: the plan that was carried out on it
-DEVICES_AGREE = 1e-12  # relative: each sums up in an order of its own, in float64
+WORD = 8  # bytes
 CHECKSUM = "_spherify_checksum"  # attribute of a converted model: of its weights as they were then
 
 
@@ -98,23 +97,26 @@ def was_head(decision: Decision) -> bool:
     return decision.head is not None or (decision.rule == REPLACED and "@head" in decision.site.roles)
 
 
-def checksum(model: nn.Module) -> float:
-    """A number that changes with the weights and buffers; nan while they have no data."""
+def checksum(model: nn.Module) -> int | None:
+    """A number that changes with any weight or buffer, the same on every device; None while they have no data."""
     values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
-    if any(value.is_meta for value in values):
-        return math.nan
-    parts = [value.sum(dtype=torch.float64) + length_of(value) for value in values if not value.is_complex()]
-    return math.fsum(float(part) for part in parts)
+    return None if any(value.is_meta for value in values) else sum(map(sum_of_bits, values))
 
 
-def length_of(value: Tensor) -> Tensor | float:
-    """In float64, without a copy of the weights."""
-    return torch.linalg.vector_norm(value, dtype=torch.float64) if value.is_floating_point() else 0.0
+def sum_of_bits(value: Tensor) -> int:
+    """Of the memory, eight bytes at a time: a whole number, so that every order of summation gives the same."""
+    flat = value.detach().contiguous().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % WORD:
+        flat = flat.clone()
+    raw = flat.view(torch.uint8)
+    whole = raw.numel() // WORD * WORD
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def is_untouched(model: nn.Module) -> bool:
     """The weights of a converted model are still those that it was converted with, on whatever device they are now."""
-    return math.isclose(model.__dict__.get(CHECKSUM, math.nan), checksum(model), rel_tol=DEVICES_AGREE)
+    known = model.__dict__.get(CHECKSUM)
+    return known is not None and known == checksum(model)
 
 
 def undo_(model: nn.Module) -> int:

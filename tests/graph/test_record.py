@@ -1,12 +1,12 @@
 """Recording one run of a model: what the graph holds, and that the model is left alone."""
 
 import copy
+import gc
 import operator
 import random
 import resource
 import threading
 import warnings
-from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -406,16 +406,35 @@ def test_calls_on_another_thread_do_not_disturb_the_stack():
     assert recording.calls == {"": 1, "fc": 1}
 
 
-def test_hooks_that_compute_weights_stay_in_the_copy_and_others_do_not():
-    from spherify.graph.record import copy_without_data
+def test_settings_hold_for_the_copy_alone():
+    def forward(self, x):
+        for _ in range(self.count):
+            x = self.fc(x)
+        return x
 
-    model = nn.Sequential(nn.Linear(4, 4))
-    model[0].register_forward_hook(lambda *args: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.nn.utils.spectral_norm(model[0])
-    copied = copy_without_data(model, "meta")
-    assert isinstance(copied[0]._forward_hooks, OrderedDict)
-    assert len(copied[0]._forward_hooks) == 0
-    assert len(copied[0]._forward_pre_hooks) == 1
-    assert len(model[0]._forward_hooks) == 1
+    model = FromFunction(forward, fc=nn.Linear(4, 4))
+    model.count = 50
+    inputs = Inputs((torch.zeros(2, 4),), settings=(("", "count", 3),))
+    assert record(model, inputs, training=False).calls["fc"] == 3
+    assert record(model, inputs, training=False, devices=("cpu",)).calls["fc"] == 3
+    assert model.count == 50
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_collector_rests_on_meta_and_is_then_as_before(is_on):
+    seen = {}
+
+    def forward(self, x):
+        seen[x.device.type] = gc.isenabled()
+        return self.fc(x)
+
+    model, inputs = FromFunction(forward, fc=nn.Linear(4, 4)), Inputs((torch.zeros(2, 4),))
+    was_on = gc.isenabled()
+    try:
+        gc.enable() if is_on else gc.disable()
+        for device in ("meta", "cpu"):
+            record(model, inputs, training=False, devices=(device,))
+            assert gc.isenabled() is is_on
+    finally:
+        gc.enable() if was_on else gc.disable()
+    assert seen == {"meta": False, "cpu": is_on}

@@ -16,7 +16,7 @@ from spherify.layers.angular import AngularLayer
 from spherify.layers.conv import SphereConv2d
 from spherify.layers.linear import SphereLinear
 from spherify.layers.removed import Removed
-from spherify.rewrite.apply import conversion_of, undo_
+from spherify.rewrite.apply import conversion_of, is_untouched, sum_of_bits, undo_
 
 SMALL = {"test_resnet": 64, "test_vit": 160, "test_convnext": 64, "test_efficientnet": 64, "test_byobnet": 64}
 micro = pytest.mark.parametrize("name", SMALL)
@@ -196,6 +196,43 @@ def test_the_donor_of_a_copy_is_untouched_bit_for_bit(name):
     assert torch.equal(model(x), output)
     assert [type(part) for part in model.modules()] == types
     assert set(vars(model)) == attributes
+
+
+def test_any_change_of_a_weight_is_seen():
+    converted = spherify(small_net(), example_input=image())
+    assert is_untouched(converted)
+    weight = next(converted.parameters()).data.view(-1)
+    before = weight[3].clone()
+    weight[3] = torch.nextafter(before, before + 1)
+    assert not is_untouched(converted)
+    weight[3] = before
+    assert is_untouched(converted)
+
+
+def test_another_order_in_memory_changes_no_weight():
+    converted = spherify(small_net(), example_input=image())
+    assert is_untouched(converted.to(memory_format=torch.channels_last))
+    assert is_untouched(copy.deepcopy(converted))
+    assert not is_untouched(converted.half())
+
+
+STATES = {
+    "odd": torch.arange(7.0),
+    "off a word": torch.arange(7.0)[1:],
+    "turned": torch.arange(6.0).half().view(2, 3).T,
+    "bool": torch.tensor(True),
+    "number": torch.tensor(3.0),
+    "empty": torch.zeros(0),
+    "complex": torch.ones(2, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("value", STATES.values(), ids=STATES)
+def test_bits_are_summed_in_logical_order(value):
+    words = value.contiguous().numpy().tobytes()
+    whole = len(words) // 8 * 8
+    truth = sum(int.from_bytes(words[at : at + 8], "little", signed=True) for at in range(0, whole, 8))
+    assert sum_of_bits(value) == (truth + 2**63) % 2**64 - 2**63 + sum(words[whole:])
 
 
 OPTIONS = {
