@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,7 @@ MOST_NAMED = 3  # problems spelt out in one line
 REPLACED = "replaced"  # the rule of a layer that is another one than the plan's since the conversion
 CONVERSION = "spherify_conversion"  # attribute of a converted model: the plan that was carried out on it
 DEVICES_AGREE = 1e-12  # relative: each sums up in an order of its own, in float64
+PIECE = 1 << 18  # numbers
 CHECKSUM = "_spherify_checksum"  # attribute of a converted model: of its weights as they were then
 
 
@@ -103,13 +104,18 @@ def checksum(model: nn.Module) -> float:
     values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     if any(value.is_meta for value in values):
         return math.nan
-    parts = [value.sum(dtype=torch.float64) + length_of(value) for value in values if not value.is_complex()]
-    return math.fsum(float(part) for part in parts)
+    return math.fsum(part for value in values if not value.is_complex() for part in sums_and_lengths(value.detach()))
 
 
-def length_of(value: Tensor) -> Tensor | float:
-    """In float64, without a copy of the weights."""
-    return torch.linalg.vector_norm(value, dtype=torch.float64) if value.is_floating_point() else 0.0
+def sums_and_lengths(value: Tensor) -> Iterator[float]:
+    """In float64, piece by piece: on the CPU torch makes a copy of what it adds up in a wider type.
+
+    Numbers, not tensors: each tensor kept would stand behind a copy in memory, and keep its room from being used again.
+    """
+    for piece in value.reshape(-1).split(PIECE):
+        yield float(piece.sum(dtype=torch.float64))
+        if value.is_floating_point():
+            yield float(torch.linalg.vector_norm(piece, dtype=torch.float64))
 
 
 def is_untouched(model: nn.Module) -> bool:
