@@ -104,7 +104,8 @@ def checksum(model: nn.Module) -> float:
     values = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     if any(value.is_meta for value in values):
         return math.nan
-    return math.fsum(part for value in values if not value.is_complex() for part in sums_and_lengths(value.detach()))
+    parts = (part for value in values if not value.is_complex() for part in sums_and_lengths(value.detach()))
+    return math.fsum(filter(math.isfinite, parts))  # bounds of a clamp may be -inf and inf
 
 
 def sums_and_lengths(value: Tensor) -> Iterator[float]:
