@@ -180,7 +180,7 @@ def strip(proto: Any) -> None:
 def as_program(model: nn.Module, example_input: Any) -> bytes:
     """The bytes of a ``torch.export`` archive with a dynamic batch."""
     with in_eval_mode(model), quiet():
-        inputs = inputs_for(model, example_input)
+        inputs = tuple(map(torch.zeros_like, inputs_for(model, example_input)))  # the file holds them, for compilers
         shapes = tuple({0: torch.export.Dim(BATCH_AXIS)} for _ in inputs)
         try:
             program = torch.export.export(Outputs(model), inputs, dynamic_shapes=(shapes,))
@@ -191,7 +191,6 @@ def as_program(model: nn.Module, example_input: Any) -> bytes:
         for node in program.graph.nodes:
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn"):
                 node.meta.pop(key, None)
-        program._example_inputs = None
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
     return with_fixed_dates(buffer.getvalue())

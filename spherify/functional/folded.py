@@ -17,7 +17,7 @@ from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_en
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "relu6": F.relu6}
 BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 
 
@@ -229,7 +229,7 @@ def finish(
         if bias is not None:
             part.add_(bias)
         if activation is not None:
-            ACTIVATIONS[activation](part, inplace=True)
+            part.clamp_(*BOUNDS[activation])
     return product
 
 

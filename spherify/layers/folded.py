@@ -179,6 +179,9 @@ class FoldedAway(Removed):
     Of a norm of timm's the activation inside stays, unless that is folded, too.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self._modules else x
+
     def extra_repr(self) -> str:
         return f"was {self.source_type.__name__}, folded"
 

@@ -428,3 +428,18 @@ def test_a_model_of_torchvision_is_converted_and_taken_back():
     converted = spherify(model, example_input=x)
     assert not torch.equal(converted(x), output)
     assert torch.equal(unspherify(converted)(x), output)
+
+
+def test_buffers_of_infinity_do_not_hinder_conversion_or_the_way_back():
+    """Bounds of a clamp (Gemma's vision tower)."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].register_buffer("least", torch.tensor(-torch.inf))
+    model[0].register_buffer("most", torch.tensor(torch.inf))
+    x = torch.randn(1, 3, 8, 8)
+    expected = model(x)
+    converted_model = spherify(model, example_input=x)
+    assert is_untouched(converted_model)
+    assert torch.equal(unspherify(converted_model)(x), expected)
+    with torch.no_grad():
+        converted_model[0].weight.fill_(torch.nan)
+    assert not is_untouched(converted_model)
