@@ -89,5 +89,5 @@ def totals(results: dict[str, Result]) -> str:
     ]
     if seconds:
         middle = seconds[len(seconds) // 2]
-        lines.append(f"seconds to plan, convert and verify: median {middle:.2f}, largest {seconds[-1]:.2f}")
+        lines.append(f"CPU seconds to plan, convert and verify: median {middle:.2f}, largest {seconds[-1]:.2f}")
     return "\n".join(lines)

@@ -34,6 +34,8 @@ from spherify.functional.filters import (
 )
 
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# Before torch 2.7 they cannot be asked for; under a checkpoint the answer is then kept, which costs memory alone.
+saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
 def takes(*tensors: object) -> bool:
@@ -51,7 +53,7 @@ def takes(*tensors: object) -> bool:
         return False
     if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    return saved_tensor_hooks(False) is None
 
 
 def type_of_product(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -121,7 +123,11 @@ def product_and_rest(
     return out if offset is None else out.add_(offset), inverse, response
 
 
-sphere_product = torch.library.custom_op("spherify::sphere_product", product_and_rest, mutates_args=())
+SCHEMA = (  # written out: before torch 2.7 it is not read from ``list[int]``
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? k, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str operator, float fixed_k, float eps, ScalarType compute) -> (Tensor, Tensor, Tensor)"
+)
+sphere_product = torch.library.custom_op("spherify::sphere_product", product_and_rest, mutates_args=(), schema=SCHEMA)
 
 
 @sphere_product.register_fake
