@@ -17,7 +17,7 @@ from spherify.calibrate.world import World
 from spherify.graph.flow import bits, weight_node
 
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
-MOST_HELD_OUT = 600
+MOST_HELD_OUT = 400
 TEMPERATURE = 2.0  # the donor is surer of images it was trained on than of others
 MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
 
@@ -87,6 +87,17 @@ class Outputs:
         p = (truth / TEMPERATURE).softmax(1)
         turned = turned * p.sqrt()
         return TEMPERATURE * (turned - turned.sum(2, keepdim=True) * p)
+
+
+def has_comparable_outputs(pair: Pair) -> bool:
+    """The first output is floating-point, image by image, and of the same shape in student and donor."""
+    run, donor = pair.student.recorded, pair.donor.recorded
+    if not run.outputs or not run.is_activation(run.outputs[0]) or run.outputs[0] not in pair.twin:
+        return False
+    mine, theirs = run.nodes[run.outputs[0]].meta, donor.nodes[pair.twin[run.outputs[0]]].meta
+    shape = mine["shape"]
+    images = len(pair.student.batches[0])
+    return bool(mine["dtype"].is_floating_point and shape == theirs["shape"] and len(shape) > 1 and shape[0] == images)
 
 
 def divergence(answer: Tensor, truth: Tensor, temperature: float) -> float:

@@ -10,19 +10,20 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_norm_
-from spherify.calibrate.outputs import Outputs, image_axes, steps_to
+from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
 from spherify.calibrate.unknowns import Played, Unknown, unknowns_of
 from spherify.calibrate.world import World
 from spherify.graph.flow import is_batch_norm
+from spherify.graph.record import one_line
 
 FEWEST_IMAGES = 40  # fewer say nothing about other images
 MOST_EQUATIONS = 1600  # of one group of images
-FLOATS_KEPT = 400_000_000  # equations times unknowns: 1.6 GB in float32
-MOST_GROUPS = 2  # of one solve: the mean of their solutions is taken
+FLOATS_KEPT = 350_000_000  # equations times unknowns: 1.4 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
+MOST_GROUPS = 2  # of images in one solve; the first has one
 LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
 FEWEST_EQUATIONS = 400  # layers whose filters leave no room for so many keep them
 
@@ -33,13 +34,13 @@ class Solves:
 
     Attributes:
         count: how many solves; 0 leaves the network as it is.
-        ridges: tried at each; held-out images choose.
+        ridges: tried at each, relative to the mean square of an equation's slopes; held-out images choose.
         refits_kept: plain layers behind converted ones are changed too.
         seed: of the order of the images and of the sums of outputs drawn.
     """
 
     count: int = 3
-    ridges: tuple[float, ...] = (1000.0, 100.0, 30.0, 10.0, 3.0, 1.0)
+    ridges: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.03)
     refits_kept: bool = True
     seed: int = 0
 
@@ -52,11 +53,13 @@ class Solved:
         losses: on held-out images, before the first solve and after each that was kept.
         unknowns: numbers that were solved for.
         left: layers whose filters were too large and stayed as they were.
+        problem: why there was no further solve, where one could not be computed.
     """
 
     losses: tuple[float, ...]
     unknowns: int
     left: tuple[str, ...]
+    problem: str = ""
 
 
 @torch.no_grad()
@@ -65,29 +68,32 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
 
     At each, the student's outputs are linearised in all scales, offsets and filters, and the least squares towards
     the donor's outputs solved group by group of images, with a ridge; the mean of the groups' solutions is taken, with
-    the ridge that serves the held-out images best, and only where it lowers their loss. The first is solved on one
+    the ridge that serves the held-out images best, and only where it lowers their loss. The first solve takes one
     group, from which the others start nearer.
 
     Returns:
-        What was done; None where there are too few images.
+        What was done; None where there are too few images, or outputs that are no numbers image by image.
 
     Source: the mean of solutions is that of Zhang, Duchi, Wainwright 2015, Divide and Conquer Kernel Ridge Regression;
     the linearisation is a Gauss-Newton step with Levenberg's damping.
     """
-    if solves.count < 1 or sum(map(len, pair.student.batches)) < FEWEST_IMAGES or not pair.student.recorded.outputs:
+    if solves.count < 1 or sum(map(len, pair.student.batches)) < FEWEST_IMAGES or not has_comparable_outputs(pair):
         return None
     outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed))
     unknowns, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
     axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
     unknowns = [unknown for unknown in unknowns if all(position in axes for position in unknown.positions)]
     size = sum(unknown.size for unknown in unknowns)
-    losses = [outputs.loss()]
+    losses, problem = [outputs.loss()], ""
     for number in range(solves.count if unknowns else 0):
         progress(f"outputs {number + 1}")
-        equations = min(MOST_EQUATIONS, FLOATS_KEPT // size)
-        sums = max(FEWEST_SUMS, equations // sum(len(pair.student.batches[seen]) for seen in outputs.seen))
-        groups = grouped(outputs, max(1, equations // min(sums, outputs.classes)))
-        changes = mean_changes(outputs, unknowns, axes, groups[: min(number + 1, MOST_GROUPS)], solves.ridges, sums)
+        sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), size)
+        groups = grouped(outputs, images)[: min(number + 1, MOST_GROUPS)]
+        try:
+            changes = mean_changes(outputs, unknowns, axes, groups, solves.ridges, min(sums, outputs.classes))
+        except RuntimeError as error:  # a function without a derivative, which torch tells only when asked for it
+            problem = one_line(error)
+            break
         loss = best_of_(outputs, unknowns, changes, losses[-1])
         if loss is None:
             break
@@ -96,7 +102,14 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
             break
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
-    return Solved(losses=tuple(losses), unknowns=size, left=tuple(left))
+    return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
+
+
+def shape_of_group(images: int, unknowns: int) -> tuple[int, int]:
+    """(sums of the outputs of each image, images in a group): the fewer images there are, the more sums of each."""
+    equations = max(1, min(MOST_EQUATIONS, FLOATS_KEPT // unknowns))
+    sums = max(FEWEST_SUMS, equations // images)
+    return sums, max(1, equations // sums)
 
 
 def grouped(outputs: Outputs, limit: int) -> list[list[int]]:
@@ -122,41 +135,53 @@ def mean_changes(
     ridges: Sequence[float],
     sums: int,
 ) -> list[list[Tensor]]:
-    """For each ridge, the mean of the groups' solutions, one tensor for each unknown."""
+    """For each ridge, the mean of the groups' solutions, one tensor an unknown; empty if slopes are infinite."""
     changes: list[list[Tensor]] = []
     for group in groups:
         blocks, errors = equations_of(outputs, unknowns, axes, group, sums)
-        spreads = [
-            unknown.spread(block.square().sum(0)).clamp_min(1e-30)
+        scales = [
+            unknown.spread(block.norm(dim=0).square()).clamp_min(1e-30).rsqrt()
             for unknown, block in zip(unknowns, blocks, strict=True)
         ]
-        gram = sum((block / spread @ block.mT).double() for block, spread in zip(blocks, spreads, strict=True))
+        gram = torch.zeros(len(errors), len(errors), dtype=torch.float64, device=errors.device)
+        for block, scale in zip(blocks, scales, strict=True):
+            gram += block.mul_(scale) @ block.mT
+        if not bool(gram.isfinite().all()):  # a slope can be infinite where the value is not
+            return []
         values, vectors = torch.linalg.eigh(gram)
-        turned = vectors.mT @ errors.double()
-        for index, ridge in enumerate(ridges):
-            weights = (vectors @ (turned / (values.clamp_min(0.0) + ridge))).float() / len(groups)
-            found = [weights @ block / spread for block, spread in zip(blocks, spreads, strict=True)]
-            if index == len(changes):
-                changes.append(found)
-            else:
-                changes[index] = [a + b for a, b in zip(changes[index], found, strict=True)]
+        turned, size = vectors.mT @ errors.double(), gram.diagonal().mean()
+        found = []
+        for ridge in ridges:
+            weights = (vectors @ (turned / (values.clamp_min(0.0) + ridge * size))).float() / len(groups)
+            found.append([weights @ block * scale for block, scale in zip(blocks, scales, strict=True)])
+        changes = added(changes, found) if changes else found
+        del blocks, block
     return changes
+
+
+def added(first: list[list[Tensor]], second: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
 
 
 def equations_of(
     outputs: Outputs, unknowns: list[Unknown], axes: dict[int, int], group: list[int], count: int
 ) -> tuple[list[Tensor], Tensor]:
     """For some sums of each image's outputs: how they change with the unknowns, (sums, size) each, and their errors."""
-    blocks: list[list[Tensor]] = [[] for _ in unknowns]
-    errors = []
+    images = sum(len(outputs.pair.student.batches[number]) for number in group)
+    blocks: list[Tensor] = []
+    errors: list[Tensor] = []
+    filled = 0
     for number in group:
         played, answer, sums = play(outputs, unknowns, axes, number, count)
         difference = outputs.truths[number].float() - answer
         errors.append((sums * difference).flatten(2).sum(2).flatten())
+        blocks = blocks or [answer.new_empty(len(sums) * images, unknown.size) for unknown in unknowns]
+        end = filled + len(errors[-1])
         for block, unknown in zip(blocks, unknowns, strict=True):
-            block.append(unknown.rows(played).flatten(0, 1))
+            block[filled:end] = unknown.rows(played).flatten(0, 1)
+        filled = end
         played.world.values[number] = {0: played.world.batches[number]}
-    return [torch.cat(block) for block in blocks], torch.cat(errors)
+    return blocks, torch.cat(errors)
 
 
 def play(

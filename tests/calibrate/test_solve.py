@@ -221,6 +221,28 @@ def test_too_few_images_are_not_solved():
     assert solved(model, donor, IMAGES[: FEWEST_IMAGES - 1]) is None
 
 
+def test_a_function_without_a_derivative_is_told_and_leaves_the_weights():
+    donor = FromFunction(
+        lambda m, x: m.head(torch.igamma(m.conv(x).abs() + 1.0, x.new_ones(())).mean((2, 3))),
+        conv=nn.Conv2d(3, 8, 3),
+        head=nn.Linear(8, 5),
+    ).eval()
+    weights = []
+    for count in (0, 3):
+        model = spherify(donor, example_input=IMAGES[:2], include=["conv"])
+        report = calibrate(model, IMAGES, donor=donor, output_solves=count)
+        weights.append(model.conv.weight)
+    assert torch.equal(*weights)
+    assert any("could not be solved" in note and "igamma" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("output", [lambda z: z.argmax(1, keepdim=True), lambda z: z.sum()])
+def test_outputs_that_are_no_numbers_for_each_image_are_not_solved(output):
+    donor = FromFunction(lambda m, x: output(m.conv(x).mean((2, 3))), conv=nn.Conv2d(3, 8, 3)).eval()
+    model = spherify(donor, example_input=IMAGES[:2], include=["conv"], head="convert")
+    assert solved(model, donor) is None
+
+
 def test_a_negative_number_of_solves_is_refused():
     with pytest.raises(OptionError, match="output_solves=-1 is negative; choose 0 for none"):
         calibrate(spherify(residual_net(), example_input=IMAGES[:2]), IMAGES, output_solves=-1)
