@@ -23,7 +23,7 @@ FEWEST_IMAGES = 40  # fewer say nothing about other images
 MOST_EQUATIONS = 1600  # of one group of images
 FLOATS_KEPT = 350_000_000  # equations times unknowns: 1.4 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
-MOST_GROUPS = 3  # of images in one solve; the first solve has one, the second two
+MOST_GROUPS = 2  # of images in one solve; the first solve has one
 LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
 FEWEST_EQUATIONS = 400  # layers whose filters leave no room for so many keep them
 
@@ -39,7 +39,7 @@ class Solves:
         seed: of the order of the images and of the sums of outputs drawn.
     """
 
-    count: int = 4
+    count: int = 3
     ridges: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.03)
     refits_kept: bool = True
     seed: int = 0
