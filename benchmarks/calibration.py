@@ -84,17 +84,20 @@ def measure(arguments: argparse.Namespace) -> None:
     exclude += arguments.exclude
     model = spherify(donor, operator=arguments.operator, k=arguments.k, exclude=exclude, example_input=seen[:2])
     truth, swapped = top1(donor, *test), top1(model, *test)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     how = {"refit_kept": not arguments.no_refit, "keep_worst": arguments.keep_worst}
+    how["output_solves"] = arguments.output_solves
     report = calibrate(model, seen, arguments.method, donor=donor, **how)
-    seconds = time.perf_counter() - started
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
     kept = top1(model, *test)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     name = f"{arguments.network} {arguments.depth if arguments.network == 'cifar' else arguments.width}"
     print(
         f"{name}{' folded' if arguments.folded else ''} {arguments.operator} {arguments.method}: donor {truth:.1f}, "
         f"swapped {swapped:.1f}, calibrated {kept:.1f} = {100 * kept / truth:.1f} % of the donor; "
-        f"{seconds:.0f} s, {peak:.1f} GB",
+        f"{seconds:.0f} s, {busy:.0f} s of CPU time, {peak:.1f} GB",
+        *report.notes,
+        sep="\n",
         flush=True,
     )
     if report.sensitivity is not None:
@@ -155,6 +158,7 @@ def main() -> None:
     parser.add_argument("--folded", action="store_true", help="fold the donor's BatchNorms away first")
     parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
     parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
+    parser.add_argument("--output-solves", type=int, default=3, help="linear solves of the outputs at the end")
     parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=100)

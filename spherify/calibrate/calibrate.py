@@ -20,12 +20,14 @@ from spherify.calibrate.reconstruct import Schedule, reconstruct_
 from spherify.calibrate.replay import departure
 from spherify.calibrate.report import LayerFit, Report, compared, layer_fits
 from spherify.calibrate.sensitivity import measured
+from spherify.calibrate.solve import Solved, Solves, solve_outputs_
 from spherify.calibrate.statistics import average_norms_, match_statistics_, norms_of
 from spherify.calibrate.transplant import Settings, transplant_
 from spherify.errors import ModelError, OptionError
 from spherify.rewrite.apply import is_untouched
 
 BATCH_TO_OPTIMISE = 25
+BATCHES_TO_SOLVE = 3  # that a batch is cut into, since slopes for each image take memory
 FEW_IMAGES = 100
 METHODS = ("statistics", "transplant", "reconstruct")
 
@@ -40,6 +42,7 @@ def calibrate(
     donor: nn.Module | None = None,
     images: int | None = None,
     refit_kept: bool = True,
+    output_solves: int = 3,
     sensitivity: bool = False,
     keep_worst: int = 0,
     seed: int = 0,
@@ -49,7 +52,8 @@ def calibrate(
 
     - ``statistics``: BatchNorm statistics from the images; gains and biases with which every channel of a layer
       without a BatchNorm has the donor's mean and spread. Needs no donor where BatchNorms follow all layers.
-    - ``transplant``: layer by layer the filters whose angular answers are nearest to the donor's, by least squares.
+    - ``transplant``: layer by layer the filters whose angular answers are nearest to the donor's, by least squares;
+      then a few linear solves of the network's outputs over all layers at once.
     - ``reconstruct``: the transplant, then a short optimisation block by block.
 
     Every module's mode and flags are as before afterwards; on an error the weights are too.
@@ -62,6 +66,8 @@ def calibrate(
             changed its weights since the conversion.
         images: use so many at most.
         refit_kept: fit plain layers behind converted ones too, the classifier among them.
+        output_solves: at the end of a transplant, at most so many linear solves of the network's outputs over all
+            layers at once; 0 for none.
         sensitivity: measure first what each converted layer costs alone (``spherify.calibrate.sensitivity``); the
             report's ``sensitivity`` holds it.
         keep_worst: so many converted layers, those that cost most alone, are plain layers again: the donor is
@@ -73,14 +79,16 @@ def calibrate(
         A report that prints as a table, has ``to_dict()`` and ``save_picture(path)``.
 
     Raises:
-        OptionError: unknown method, too few images, of several sizes, or not finite; ``keep_worst`` takes back every
-            layer, or the conversion gave the model a new classifier.
+        OptionError: unknown method, ``output_solves`` negative, too few images, of several sizes, or not finite;
+            ``keep_worst`` takes back every layer, or the conversion gave the model a new classifier.
         ModelError: the donor is needed and cannot be had, the model does not run on the images, calls other functions
             for some of them than for others, or makes numbers of them that are not finite.
         RewriteError: ``model`` was not converted, or ``donor`` is another network.
     """
     if method not in METHODS:
         raise OptionError(f"calibration method {method!r} is unknown; choose one of: {', '.join(METHODS)}.")
+    if output_solves < 0:
+        raise OptionError(f"output_solves={output_solves} is negative; choose 0 for none, or how many.")
     check_keep_worst(model, keep_worst)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parts = collected(batches, images, device)
@@ -94,7 +102,7 @@ def calibrate(
         effects = measured(model, donor, parts, seed=seed, progress=progress)
     if effects is not None and donor is not None and keep_worst:
         target = converted_without(model, donor, effects, keep_worst, parts[0][:2])
-    settings = Settings(seed=seed, refits_kept=refit_kept)
+    settings = Settings(seed=seed, refits_kept=refit_kept, output_solves=output_solves)
     report = carried_out(target, donor, parts, method, settings, progress or (lambda name: None))
     if effects is not None and target is not model:
         become_(model, target)
@@ -116,7 +124,8 @@ def carried_out(
             refuse_what_needs_the_replay(model, method, problem)
             donor, notes = None, (*notes, f"Not compared with the donor: {problem}.")
         before = compared(model, donor, parts) if donor is not None else None
-        carry_out(model, donor, parts, method, settings, progress)
+        solved = carry_out(model, donor, parts, method, settings, progress)
+        notes = (*notes, *notes_on_solves(solved))
         if donor is not None and before is not None:
             if (problem := departure(model, donor, parts)) is not None:  # with the new weights
                 refuse_what_needs_the_replay(model, method, problem)
@@ -140,24 +149,43 @@ def refuse_what_needs_the_replay(model: nn.Module, method: str, problem: str) ->
 
 def carry_out(
     model: nn.Module, donor: nn.Module | None, parts: list[Tensor], method: str, settings: Settings, progress: Progress
-) -> None:
+) -> Solved | None:
+    """Returns what the solves of the outputs did, None where there were none."""
     if method == "statistics":
         if donor is not None and has_gains(model):
             match_statistics_(Pair(model, donor, parts, half=is_large(parts)), progress)
         elif norms_of(model):
             average_norms_(model, parts)
-        return
+        return None
     assert donor is not None
     transplant_(Pair(model, donor, parts, half=is_large(parts)), settings, progress)
+    solved = None
+    if settings.output_solves:
+        batches = [batch for part in parts for batch in part.split(math.ceil(len(part) / BATCHES_TO_SOLVE))]
+        solves = Solves(count=settings.output_solves, refits_kept=settings.refits_kept, seed=settings.seed)
+        solved = solve_outputs_(Pair(model, donor, batches, half=False), solves, progress)
     if method == "reconstruct":
         batches = [batch for part in parts for batch in part.split(BATCH_TO_OPTIMISE)]
         reconstruct_(Pair(model, donor, batches, half=is_large(parts)), Schedule(seed=settings.seed), progress)
+    return solved
 
 
 def notes_on(parts: Sequence[Tensor]) -> tuple[str, ...]:
     count = sum(len(part) for part in parts)
     few = f"{count} images are few for a least-squares fit; give {FEW_IMAGES} or more for what the method can do."
     return (few,) if count < FEW_IMAGES else ()
+
+
+def notes_on_solves(solved: Solved | None) -> tuple[str, ...]:
+    if solved is None:
+        return ()
+    if solved.problem:
+        return (f"The outputs could not be solved ({solved.problem}).",)
+    if len(solved.losses) == 1:
+        return ("A solve of the outputs did not bring held-out images nearer to the donor, and was dropped.",)
+    losses = " -> ".join(f"{loss:.3g}" for loss in solved.losses)
+    left = f"; filters too large to take part: {', '.join(solved.left)}" if solved.left else ""
+    return (f"Outputs solved for {solved.unknowns} numbers: loss on held-out images {losses}{left}.",)
 
 
 def notes_on_output(logits: LayerFit) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ class Settings:
         rows: at most so many rows a layer.
         corrects_sums: the last layer of a residual branch makes up for the error of the sum.
         refits_kept: plain layers whose inputs changed are fitted too.
+        output_solves: at most so many linear solves of the network's outputs at the end; 0 for none.
         seed: of the sample of positions.
     """
 
@@ -32,6 +33,7 @@ class Settings:
     rows: int = 40_000
     corrects_sums: bool = True
     refits_kept: bool = True
+    output_solves: int = 3
     seed: int = 0
 
 

@@ -1,0 +1,166 @@
+"""A network's outputs beside its donor's on images seen and held out, and how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spherify.calibrate.pair import Pair, angular_call
+from spherify.calibrate.parts import parts_of
+from spherify.calibrate.recorded import Recorded
+from spherify.calibrate.world import World
+from spherify.graph.flow import bits, weight_node
+
+HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
+MOST_HELD_OUT = 400
+TEMPERATURE = 2.0  # the donor is surer of images it was trained on than of others
+MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
+
+
+@dataclass
+class Outputs:
+    """A pair with the donor's outputs on all batches, and which batches are held out.
+
+    Attributes:
+        truths: the donor's outputs, batch by batch.
+        seen, held: numbers of batches.
+    """
+
+    pair: Pair
+    generator: torch.Generator
+    truths: list[Tensor] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        run = self.pair.student.recorded
+        self.output = run.outputs[0]
+        for part in parts_of(run, kept=False):
+            for call in part.calls:
+                self.pair.student.overrides[call] = angular_call(part, run.nodes[call].target)
+        self.truths = outputs_of(self.pair.donor, self.pair.twin[self.output], range(len(self.pair.donor.batches)))
+        batches = self.pair.student.batches
+        most = max(1, int(MOST_PRODUCTS / products_of(run) / len(batches[0])))
+        numbers = list(range(len(batches)))[:most]
+        wanted = min(HELD_OUT * sum(len(batches[number]) for number in numbers), MOST_HELD_OUT)
+        while sum(len(batches[number]) for number in self.held) < wanted:
+            self.held.append(numbers.pop())
+        self.seen = numbers
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.truths[0].dim() == 2 and self.truths[0].shape[1] > 1
+
+    @property
+    def classes(self) -> int:
+        """As many sums of an image's outputs as can differ."""
+        return self.truths[0].shape[1] if self.is_classifier else self.truths[0][0].numel()
+
+    def loss(self) -> float:
+        """Of the student on the held-out batches."""
+        answers = outputs_of(self.pair.student, self.output, self.held)
+        pairs = [
+            (answer.float(), self.truths[number].float()) for answer, number in zip(answers, self.held, strict=True)
+        ]
+        if not self.is_classifier:
+            return sum(float((answer - truth).square().mean()) for answer, truth in pairs) / len(pairs)
+        divergences = [divergence(*pair, 1.0) + divergence(*pair, TEMPERATURE) for pair in pairs]
+        return sum(divergences) / sum(len(truth) for _, truth in pairs)
+
+    def sums(self, truth: Tensor, count: int) -> Tensor:
+        """(count, N, ...): random sums of each image's outputs; on average their squares measure a change.
+
+        For classes the measure is the second order of the divergence of their probabilities, and ``count`` sums, as
+        many as there are classes, give it exactly; else it is the mean square.
+        """
+        if not self.is_classifier:
+            signs = torch.randint(2, (count, *truth.shape), generator=self.generator).to(truth) * 2.0 - 1.0
+            return signs / math.sqrt(count * truth[0].numel())
+        images, classes = truth.shape
+        drawn = torch.randn(images, classes, min(count, classes), generator=self.generator)
+        turned = torch.linalg.qr(drawn).Q.to(truth).permute(2, 0, 1) * math.sqrt(classes / min(count, classes))
+        p = (truth / TEMPERATURE).softmax(1)
+        turned = turned * p.sqrt()
+        return TEMPERATURE * (turned - turned.sum(2, keepdim=True) * p)
+
+
+def has_comparable_outputs(pair: Pair) -> bool:
+    """The first output is floating-point, image by image, and of the same shape in student and donor."""
+    run, donor = pair.student.recorded, pair.donor.recorded
+    if not run.outputs or not run.is_activation(run.outputs[0]) or run.outputs[0] not in pair.twin:
+        return False
+    mine, theirs = run.nodes[run.outputs[0]].meta, donor.nodes[pair.twin[run.outputs[0]]].meta
+    shape = mine["shape"]
+    images = len(pair.student.batches[0])
+    return bool(mine["dtype"].is_floating_point and shape == theirs["shape"] and len(shape) > 1 and shape[0] == images)
+
+
+def divergence(answer: Tensor, truth: Tensor, temperature: float) -> float:
+    mine, theirs = (answer / temperature).log_softmax(1), (truth / temperature).log_softmax(1)
+    return temperature**2 * float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
+
+
+@torch.no_grad()
+def outputs_of(world: World, output: int, numbers: Sequence[int]) -> list[Tensor]:
+    """The values there on some batches; nothing else is kept."""
+    steps = steps_to(world, output)
+    last_use: dict[int, list[int]] = {}
+    for step in steps[:-1]:
+        last_use.setdefault(max(user for user in world.recorded.users[step] if user in steps), []).append(step)
+    found = []
+    for number in numbers:
+        world.values[number] = {0: world.batches[number]}
+        world.run(number, steps, last_use)
+        found.append(world.widened(world.values[number][output]))
+        world.values[number] = {0: world.batches[number]}
+    return found
+
+
+def steps_to(world: World, output: int) -> list[int]:
+    return [step for step in bits(world.recorded.ancestors[output] & world.recorded.activations) if step > 0]
+
+
+def products_of(recorded: Recorded) -> float:
+    """Multiplications of all conv and linear calls for one image."""
+    images = recorded.nodes[0].meta["shape"][0]
+    total = 0.0
+    for call in recorded.layer_calls():
+        weight = weight_node(recorded.nodes[call])
+        fan_in = math.prod(weight.meta["shape"][1:]) if weight is not None else 1
+        total += math.prod(recorded.nodes[call].meta["shape"]) * fan_in / images
+    return max(total, 1.0)
+
+
+@torch.no_grad()
+def image_axes(outputs: Outputs, wanted: set[int]) -> dict[int, int]:
+    """For each wanted position, the axis along which the images lie, 0 or 1: found by what changes with one image.
+
+    Positions where it is neither are not in it.
+    """
+    world = outputs.pair.student
+    number = next((n for n in outputs.seen if len(world.batches[n]) > 1), outputs.seen[0])
+    images = len(world.batches[number])
+    steps = steps_to(world, outputs.output)
+    places = wanted & set(steps)
+    runs = []
+    for batch in (world.batches[number], torch.cat([world.batches[number][-1:], world.batches[number][1:]])):
+        values = world.values[number] = {0: batch}
+        for step in steps:
+            values[step] = world.call(number, step)
+        runs.append({place: values[place] for place in places})
+    world.values[number] = {0: world.batches[number]}
+    axes = {}
+    for place in places:
+        first, second = runs[0][place], runs[1][place]
+        for axis in (0, 1):
+            if first.dim() > axis and first.shape[axis] % images == 0 and (axis == 0 or first.shape[1] == images):
+                one, other = (value.movedim(axis, 0).unflatten(0, (images, -1))[1:] for value in (first, second))
+                if torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(first.abs().amax())):
+                    axes[place] = axis
+                    break
+    return axes

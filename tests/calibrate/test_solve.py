@@ -1,0 +1,248 @@
+"""The solves of the outputs: their slopes are true, they bring other images nearer, and they leave what they must."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import FromFunction, Residual, conv_bn, image
+from torch import nn
+
+from spherify import OptionError, calibrate, spherify
+from spherify.calibrate.outputs import Outputs, image_axes, outputs_of
+from spherify.calibrate.pair import Pair
+from spherify.calibrate.solve import FEWEST_IMAGES, Solves, play, solve_outputs_
+from spherify.calibrate.unknowns import Filters, unknowns_of
+
+IMAGES = image(60, 3, 12, 12)
+MANY = image(300, 3, 12, 12)
+OTHERS = image(60, 3, 12, 12, seed=1)
+
+
+@torch.no_grad()
+def decided(donor: nn.Module) -> nn.Module:
+    """With class probabilities that are far from even, as a trained network has them."""
+    head = [module for module in donor.modules() if isinstance(module, nn.Linear)][-1]
+    spread = donor(IMAGES).std(0)
+    head.weight.mul_(2.0 / spread[:, None])
+    head.bias.sub_(donor(IMAGES).mean(0))
+    return donor
+
+
+def residual_net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [*conv_bn(3, 8), nn.ReLU(), Residual(8, 8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)]
+    return decided(nn.Sequential(*layers).eval())
+
+
+def without_norms() -> nn.Module:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2, stride=2, bias=False), nn.ReLU()]
+    return decided(nn.Sequential(*convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).eval())
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+    patches = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2))
+    net = FromFunction(
+        lambda m, x: m.head(m.layer(m.patches(x).transpose(1, 2)).mean(1)),
+        patches=patches,
+        layer=layer,
+        head=nn.Linear(16, 5),
+    )
+    return decided(net.eval())
+
+
+def outputs_for(donor: nn.Module, images=IMAGES[:20], **options) -> Outputs:
+    model = spherify(donor, example_input=images[:2], **options).eval()
+    return Outputs(Pair(model, donor, images.split(10), half=False), torch.Generator().manual_seed(0))
+
+
+def error(model: nn.Module, donor: nn.Module, images=OTHERS) -> float:
+    with torch.no_grad():
+        answer, truth = model.eval()(images).log_softmax(1), donor(images).log_softmax(1)
+    return float(F.kl_div(answer, truth, reduction="batchmean", log_target=True))
+
+
+def solved(model: nn.Module, donor: nn.Module, images=IMAGES, **options):
+    return solve_outputs_(Pair(model, donor, images.split(10), half=False), Solves(**options))
+
+
+NETWORKS = {"residual": residual_net, "without norms": without_norms, "transformer": transformer}
+
+
+# ---------------------------------------------------------------------------------------------- the slopes
+
+
+@pytest.mark.parametrize("operator", ["cosine", "sigmoid"])
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_rows_say_how_each_images_outputs_change(network, operator):
+    outputs = outputs_for(network(), operator=operator)
+    run = outputs.pair.student.recorded
+    unknowns, left = unknowns_of(run, 10**9, kept=True)
+    axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
+    generator = torch.Generator().manual_seed(2)
+    assert not left
+    tested = 0
+    for unknown in unknowns:
+        if not all(position in axes for position in unknown.positions):
+            continue
+        played, before, sums = play(outputs, unknowns, axes, 0, 1)
+        rows = unknown.rows(played)[0]
+        change = 2e-4 * torch.randn(unknown.size, generator=generator)
+        if isinstance(unknown, Filters) and unknown.part.is_angular:
+            change = 0.1 * change
+        start = [tensor.clone() for tensor in unknown.tensors]
+        unknown.add_(change)
+        after = outputs_of(outputs.pair.student, outputs.output, [0])[0]
+        for tensor, value in zip(unknown.tensors, start, strict=True):
+            tensor.copy_(value)
+        expected = (sums[0] * (after - before)).sum(1)
+        assert float((rows @ change - expected).norm()) < 0.05 * float(expected.norm()) + 1e-6, unknown.name
+        tested += 1
+    assert tested >= len(unknowns) - 1
+
+
+def test_images_along_the_second_axis_are_found():
+    donor = FromFunction(
+        lambda m, x: m.head(m.token(x.flatten(2).permute(2, 0, 1)).mean(0)),
+        token=nn.Linear(3, 7),
+        head=nn.Linear(7, 5),
+    ).eval()
+    outputs = outputs_for(donor)
+    first, last = outputs.pair.student.recorded.layer_calls()
+    assert image_axes(outputs, {first, last}) == {first: 1, last: 0}
+
+
+# ---------------------------------------------------------------------------------------------- what it achieves
+
+
+@torch.no_grad()
+def disturbed(donor: nn.Module) -> nn.Module:
+    """A transplanted model, the scales and offsets of which were changed at random."""
+    model = spherify(donor, example_input=IMAGES[:2])
+    calibrate(model, IMAGES, donor=donor, output_solves=0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.3 * noise * parameter.abs().mean())
+    return model.eval()
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+def test_disturbed_scales_are_made_up_for_on_images_not_seen(network):
+    donor = network()
+    model = disturbed(donor)
+    before = error(model, donor)
+    solved(model, donor, MANY)
+    assert error(model, donor) < 0.5 * before
+
+
+@torch.no_grad()
+def test_outputs_that_are_maps_are_solved_too():
+    torch.manual_seed(0)
+    donor = nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.Conv2d(8, 2, 3)).eval()
+    model = disturbed(donor)
+    before = (model(OTHERS) - donor(OTHERS)).norm()
+    solved(model, donor, MANY)
+    assert (model(OTHERS) - donor(OTHERS)).norm() < 0.7 * before
+
+
+def test_the_report_says_what_was_solved():
+    report = calibrate(spherify(residual_net(), example_input=IMAGES[:2]), MANY)
+    assert any(note.startswith("Outputs solved for 1666 numbers") and " -> " in note for note in report.notes)
+
+
+def test_it_is_part_of_the_default_and_can_be_left_out():
+    states = []
+    for options in ({}, {"output_solves": 3}, {"output_solves": 0}):
+        model = spherify(residual_net(), example_input=IMAGES[:2])
+        calibrate(model, MANY, **options)
+        states.append(model[0].weight.clone())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_norms_have_the_statistics_of_their_inputs_afterwards():
+    model = spherify(residual_net(), example_input=IMAGES[:2])
+    calibrate(model, MANY)
+    with torch.no_grad():
+        inputs = model[0](MANY)
+    torch.testing.assert_close(model[1].running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, inputs.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_plain_layers_stay_where_they_are_to_stay():
+    donor = residual_net()
+    model = spherify(donor, example_input=IMAGES[:2])
+    before = copy.deepcopy(model[6].state_dict())
+    first = model[0].weight.clone()
+    solved(model, donor, refits_kept=False)
+    assert all(torch.equal(value, before[name]) for name, value in model[6].state_dict().items())
+    assert not torch.equal(model[0].weight, first)
+
+
+def test_what_stands_in_front_of_converted_layers_stays():
+    donor = residual_net()
+    model = spherify(donor, exclude=["@stem"], example_input=IMAGES[:2])
+    solved(model, donor)
+    assert torch.equal(model[0].weight, donor[0].weight) and torch.equal(model[1].weight, donor[1].weight)
+
+
+def test_weights_that_two_layers_share_stay():
+    donor = without_norms()
+    donor[2] = nn.Conv2d(8, 3, 3, padding=2, bias=False)
+    donor.insert(4, nn.Conv2d(3, 8, 3))
+    donor[4].weight = donor[0].weight
+    model = spherify(donor, example_input=IMAGES[:2]).eval()
+    before = model[0].weight.clone()
+    assert solved(model, donor) is not None
+    assert torch.equal(model[0].weight, before) and model[4].weight is model[0].weight
+
+
+def test_filters_without_room_stay_and_are_named():
+    run = outputs_for(residual_net()).pair.student.recorded
+    every, _ = unknowns_of(run, 10**9, kept=True)
+    most = sum(unknown.size for unknown in every) - 1
+    unknowns, left = unknowns_of(run, most, kept=True)
+    largest = max((u for u in every if isinstance(u, Filters)), key=lambda u: u.size)
+    assert len(left) == 1 and left[0] not in [u.name for u in unknowns if isinstance(u, Filters)]
+    assert run.model.get_submodule(left[0]).weight.numel() == largest.size
+
+
+def test_too_few_images_are_not_solved():
+    donor = residual_net()
+    model = spherify(donor, example_input=IMAGES[:2])
+    assert solved(model, donor, IMAGES[: FEWEST_IMAGES - 1]) is None
+
+
+def test_a_function_without_a_derivative_is_told_and_leaves_the_weights():
+    donor = FromFunction(
+        lambda m, x: m.head(torch.igamma(m.conv(x).abs() + 1.0, x.new_ones(())).mean((2, 3))),
+        conv=nn.Conv2d(3, 8, 3),
+        head=nn.Linear(8, 5),
+    ).eval()
+    weights = []
+    for count in (0, 3):
+        model = spherify(donor, example_input=IMAGES[:2], include=["conv"])
+        report = calibrate(model, IMAGES, donor=donor, output_solves=count)
+        weights.append(model.conv.weight)
+    assert torch.equal(*weights)
+    assert any("could not be solved" in note and "igamma" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("output", [lambda z: z.argmax(1, keepdim=True), lambda z: z.sum()])
+def test_outputs_that_are_no_numbers_for_each_image_are_not_solved(output):
+    donor = FromFunction(lambda m, x: output(m.conv(x).mean((2, 3))), conv=nn.Conv2d(3, 8, 3)).eval()
+    model = spherify(donor, example_input=IMAGES[:2], include=["conv"], head="convert")
+    assert solved(model, donor) is None
+
+
+def test_a_negative_number_of_solves_is_refused():
+    with pytest.raises(OptionError, match="output_solves=-1 is negative; choose 0 for none"):
+        calibrate(spherify(residual_net(), example_input=IMAGES[:2]), IMAGES, output_solves=-1)
