@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())  # the first that the compiler knows
 SECONDS = 120.0  # for the compiler
 
 
@@ -55,8 +56,8 @@ def compile_to(path: Path, source: Path, compiler: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
     try:
-        for threads in (["-fopenmp"], []):
-            command = [compiler, *FLAGS, *threads, str(source), "-o", name, "-lm"]
+        for extra in EXTRAS:
+            command = [compiler, *FLAGS, *extra, str(source), "-o", name, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode == 0:
                 Path(name).replace(path)

@@ -191,7 +191,8 @@ def patch_inverse_norm(
         return out
     described, sizes = described_window(x, window, stride, padding, dilation, groups)
     is_depthwise_in_rows = groups > 1 and described.channels_last
-    out = torch.empty(sizes, memory_format=torch.channels_last if is_depthwise_in_rows else torch.contiguous_format)
+    layout = torch.channels_last if is_depthwise_in_rows else torch.contiguous_format
+    out = torch.empty(sizes, dtype=torch.float32, device="cpu", memory_format=layout)
     checked(kernels.patch_inverse_norm(x.data_ptr(), out.data_ptr(), ctypes.byref(described), eps, scale))
     return out
 
@@ -257,6 +258,8 @@ def by_filter(value: ByFilter, filters: int) -> Tensor | None:
         return None
     if not isinstance(value, Tensor):
         return filler(value, filters)
+    if value.device.type != "cpu":
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found cpu and {value.device}.")
     if value.dtype == torch.float32 and value.numel() == filters and value.is_contiguous():
         return value
     return value.detach().to(torch.float32).reshape(-1).expand(filters).contiguous()
@@ -264,7 +267,7 @@ def by_filter(value: ByFilter, filters: int) -> Tensor | None:
 
 @functools.lru_cache(maxsize=64)
 def filler(value: float, filters: int) -> Tensor:
-    return torch.full((filters,), value)
+    return torch.full((filters,), value, dtype=torch.float32, device="cpu")
 
 
 def elementwise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,14 +21,15 @@ class Window(NamedTuple):
     groups: int
 
 
-def serves(x: Tensor, weight: Tensor, groups: int, compute: torch.dtype) -> bool:
-    """Whether the kernels can take this call: float32, no more than two dimensions, laid out as they read it."""
+def serves(x: Tensor, weight: Tensor, others: Sequence[Tensor | None], groups: int, compute: torch.dtype) -> bool:
+    """Whether the kernels can take this call: float32, at most two dimensions, laid out as they read it, all here."""
     return (
         compute == torch.float32
         and weight.dtype == torch.float32
         and x.dim() <= 4
         and weight.is_contiguous()
         and weight.numel() > 0
+        and all(tensor is None or tensor.device.type == "cpu" for tensor in (weight, *others))
         and cpu_kernels.takes(x, groups)
     )
 

@@ -66,7 +66,7 @@ def by_cpu_kernels(
     *,
     keeps: bool = False,
 ) -> cpu_product.Product | None:
-    if not cpu_product.serves(x, weight, groups, compute):
+    if not cpu_product.serves(x, weight, (bias, gain, k), groups, compute):
         return None
     window = cpu_product.Window(stride, padding, dilation, groups)
     softness = fixed_k or None if k is None else k

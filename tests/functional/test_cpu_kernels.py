@@ -1,5 +1,6 @@
 """The kernels in C: against float64, in every layout, with threads, and what happens without a compiler."""
 
+import contextlib
 import itertools
 import os
 import stat
@@ -161,6 +162,34 @@ def test_channels_last_and_strange_layouts(name):
         expected = expected or found
         for one, other in zip(found, expected, strict=True):
             assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@each_operator
+def test_a_default_type_or_device_of_the_users_changes_nothing(name):
+    options = options_of(
+        name, 37, torch.float32
+    )  # a number of filters that no other test has, so that nothing is cached
+    x, weight = normal(2, 3, 6, 6, dtype=torch.float32), normal(37, 3, 3, 3, seed=1, dtype=torch.float32)
+    rows = x.contiguous(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = [sphere_conv2d(images, weight, bias=weight[:, 0, 0, 0], **options) for images in (x, rows)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    cpu_kernels.filler.cache_clear()
+    for one in found:
+        assert one.device.type == "cpu"
+        assert_close(one, sphere_conv2d(x, weight, bias=weight[:, 0, 0, 0], **options), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["weight", "bias", "gain"])
+def test_a_tensor_that_lies_elsewhere_never_reaches_the_kernels(place, kernel_calls):
+    tensors = dict(weight=torch.ones(4, 3, 3, 3), bias=torch.ones(4), gain=torch.ones(4))
+    tensors[place] = tensors[place].to("meta")
+    with contextlib.suppress(RuntimeError):  # torch's own word on it
+        sphere_conv2d(torch.ones(1, 3, 5, 5), **tensors)
+    assert not kernel_calls
 
 
 def test_gradients_that_come_expanded_or_transposed():
