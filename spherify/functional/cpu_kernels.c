@@ -165,6 +165,17 @@ void inverse_lengths(const float *x, float *inverse, long rows, long channels, f
         inverse[row] = scale / sqrtf(squares_of_row(x + row * channels, channels) + eps);
 }
 
+/* out[row] = x[row] scale / sqrt(|x[row]|^2 + eps). */
+void normalised_rows(const float *x, float *out, long rows, long channels, float eps, float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long row = 0; row < rows; row++) {
+        const float *from = x + row * channels;
+        float *to = out + row * channels, factor = scale / sqrtf(squares_of_row(from, channels) + eps);
+#pragma omp simd
+        for (long c = 0; c < channels; c++) to[c] = from[c] * factor;
+    }
+}
+
 /* to[i] = sum of `size` numbers of `from`, `gap` apart, beginning at i step, for `count` i. */
 INLINE void sums_of(const float *restrict from, float *restrict to, long count, const long size, const long gap,
                     const long step) {

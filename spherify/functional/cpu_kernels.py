@@ -72,6 +72,8 @@ def library() -> ctypes.CDLL | None:
     found.subtract_along.argtypes = (pointer, pointer, pointer, pointer, pointer)
     found.inverse_lengths.argtypes = (pointer, pointer, c_long, c_long, c_float, c_float, c_int)
     found.inverse_lengths.restype = None
+    found.normalised_rows.argtypes = (pointer, pointer, c_long, c_long, c_float, c_float, c_int)
+    found.normalised_rows.restype = None
     found.forward.argtypes = (pointer, pointer, pointer)
     found.forward.restype = None
     found.backward.argtypes = (pointer, pointer)
@@ -194,6 +196,15 @@ def patch_inverse_norm(
     layout = torch.channels_last if is_depthwise_in_rows else torch.contiguous_format
     out = torch.empty(sizes, dtype=torch.float32, device="cpu", memory_format=layout)
     checked(kernels.patch_inverse_norm(x.data_ptr(), out.data_ptr(), ctypes.byref(described), eps, scale))
+    return out
+
+
+def normalised_rows(x: Tensor, eps: float, scale: float) -> Tensor:
+    """``x scale / |x|`` row by row, of a contiguous (R, D)."""
+    kernels = library()
+    assert kernels is not None
+    out = torch.empty_like(x)
+    kernels.normalised_rows(x.data_ptr(), out.data_ptr(), *x.shape, eps, scale, threads_for(x.numel()))
     return out
 
 

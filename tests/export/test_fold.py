@@ -284,3 +284,18 @@ def test_a_linear_layer_alone_keeps_the_bias_a_caller_gives():
     folded = fold(model, example_input=torch.randn(2, 6))[0]
     x, bias = torch.randn(3, 6), torch.randn(4)
     assert_close(folded(x, bias=bias), layer(x, bias=bias))
+
+
+@pytest.mark.parametrize("operator", ["cosine", "linear"])
+@pytest.mark.parametrize("sizes", [(6, 24), (24, 6)], ids=["widening", "narrowing"])
+def test_linear_layers_of_either_shape_fold(sizes, operator):
+    """The one is normalised at its input, the other at its output."""
+    torch.manual_seed(0)
+    model = spherify(nn.Sequential(nn.Linear(*sizes)), operator=operator, head="convert").eval()
+    folded = fold(model)
+    rows = torch.randn(3, 5, sizes[0])
+    rows[1, 2] = 0.0
+    with torch.no_grad():
+        for given in (rows, rows.transpose(0, 1), rows[0], rows[0, 0]):
+            assert_close(folded(given), model(given), rtol=1e-5, atol=1e-6)
+        assert folded(torch.full((2, sizes[0]), torch.nan)).isnan().all()
