@@ -71,7 +71,8 @@ def has_plain_state(kind: type[nn.Module]) -> bool:
         getattr(kind, name) != getattr(nn.Module, name) for name in COPY_METHODS
     ):
         return False
-    return kind.__setstate__.__module__.startswith("torch.nn.modules.")  # these add what old files lack
+    # torch's own add what old files lack; once torch.compile has run, that of nn.Module is torch._dynamo's
+    return kind.__setstate__.__module__.startswith("torch.")
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -112,6 +112,11 @@ def test_torchs_own_layers_are_copied_the_fast_way(kind):
     assert has_plain_state(kind)
 
 
+def test_the_fast_way_is_still_taken_once_torch_compile_has_run():
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    assert has_plain_state(nn.Linear)
+
+
 def test_hooks_that_compute_weights_stay_in_the_copy_and_others_do_not():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].register_forward_hook(lambda *args: None)
