@@ -19,6 +19,7 @@ from spherify.graph.flow import bits, weight_node
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 TEMPERATURE = 2.0  # the donor is surer of images it was trained on than of others
+MIXES_HELD = 4  # of each held-out image: a few hard ones must not decide
 LEAST_SHARE = 0.5  # of the first image in a mix of two
 MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
 
@@ -50,7 +51,7 @@ class Outputs:
             for call in part.calls:
                 self.pair.student.overrides[call] = angular_call(part, run.nodes[call].target)
         self.images = list(self.pair.student.batches)
-        batches = self.images
+        batches = list(self.images)
         most = max(1, int(MOST_PRODUCTS / products_of(run) / len(batches[0])))
         numbers = list(range(len(batches)))[:most]
         wanted = min(HELD_OUT * sum(len(batches[number]) for number in numbers), MOST_HELD_OUT)
@@ -58,7 +59,10 @@ class Outputs:
             self.held.append(numbers.pop())
         self.seen = numbers
         self.mixes = self.mixes and self.is_classifier and are_images(batches[0])
-        self.truths = [torch.empty(0)] * len(batches)
+        self.image_batches = len(batches)
+        if self.mixes:
+            self.repeat_held(MIXES_HELD)
+        self.truths = [torch.empty(0)] * len(self.images)
         if not self.mixes:
             self.draw(self.seen)
         self.draw(self.held)
@@ -71,6 +75,17 @@ class Outputs:
         for number, answer in zip(numbers, answers, strict=True):
             self.truths[number] = answer
 
+    def repeat_held(self, most: int) -> None:
+        """Take each held-out image ``most`` times, or as often as the bound on products allows."""
+        held = [self.images[number] for number in self.held]
+        once = products_of(self.pair.student.recorded) * sum(map(len, held))
+        for _ in range(min(most, int(HELD_OUT * MOST_PRODUCTS / once)) - 1):
+            self.held += range(len(self.images), len(self.images) + len(held))
+            self.images += held
+        for world in (self.pair.student, self.pair.donor):
+            world.batches = list(self.images)
+            world.values = [{0: batch} for batch in world.batches]
+
     def put(self, numbers: Sequence[int], batches: Sequence[Tensor]) -> None:
         for world in (self.pair.student, self.pair.donor):
             for number, batch in zip(numbers, batches, strict=True):
@@ -78,7 +93,9 @@ class Outputs:
                 world.values[number] = {0: batch}
 
     def close(self) -> None:
-        self.put(range(len(self.images)), self.images)
+        for world in (self.pair.student, self.pair.donor):
+            world.batches = self.images[: self.image_batches]
+            world.values = [{0: batch} for batch in world.batches]
 
     @property
     def is_classifier(self) -> bool:
