@@ -19,6 +19,8 @@ from spherify.graph.flow import bits, weight_node
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 TEMPERATURE = 2.0  # the donor is surer of images it was trained on than of others
+MIXES_HELD = 4  # of each held-out image: a few hard ones must not decide
+LEAST_SHARE = 0.5  # of the first image in a mix of two
 MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
 
 
@@ -27,12 +29,17 @@ class Outputs:
     """A pair with the donor's outputs on all batches, and which batches are held out.
 
     Attributes:
-        truths: the donor's outputs, batch by batch.
+        mixes: of a classifier of images, every image is mixed with another, seen ones with seen ones. A donor is so
+            sure of the images it was trained on that its outputs tell little, and that a few images make up nearly the
+            whole loss; of mixes it is not. ``close`` gives the pair its own images back.
+        truths: the donor's outputs, batch by batch; empty where a batch is neither seen nor held out.
+            Those of seen batches that are to be mixed are there after ``draw``.
         seen, held: numbers of batches.
     """
 
     pair: Pair
     generator: torch.Generator
+    mixes: bool = False
     truths: list[Tensor] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
@@ -43,23 +50,62 @@ class Outputs:
         for part in parts_of(run, kept=False):
             for call in part.calls:
                 self.pair.student.overrides[call] = angular_call(part, run.nodes[call].target)
-        self.truths = outputs_of(self.pair.donor, self.pair.twin[self.output], range(len(self.pair.donor.batches)))
-        batches = self.pair.student.batches
+        self.images = list(self.pair.student.batches)
+        batches = list(self.images)
         most = max(1, int(MOST_PRODUCTS / products_of(run) / len(batches[0])))
         numbers = list(range(len(batches)))[:most]
         wanted = min(HELD_OUT * sum(len(batches[number]) for number in numbers), MOST_HELD_OUT)
         while sum(len(batches[number]) for number in self.held) < wanted:
             self.held.append(numbers.pop())
         self.seen = numbers
+        self.mixes = self.mixes and self.is_classifier and are_images(batches[0])
+        self.image_batches = len(batches)
+        if self.mixes:
+            self.repeat_held(MIXES_HELD)
+        self.truths = [torch.empty(0)] * len(self.images)
+        if not self.mixes:
+            self.draw(self.seen)
+        self.draw(self.held)
+
+    def draw(self, numbers: Sequence[int]) -> None:
+        """Mix the images of these batches anew, if images are mixed at all, and have the donor's outputs on them."""
+        if self.mixes:
+            self.put(numbers, mixed_images([self.images[number] for number in numbers], self.generator))
+        answers = outputs_of(self.pair.donor, self.pair.twin[self.output], numbers)
+        for number, answer in zip(numbers, answers, strict=True):
+            self.truths[number] = answer
+
+    def repeat_held(self, most: int) -> None:
+        """Take each held-out image ``most`` times, or as often as the bound on products allows."""
+        held = [self.images[number] for number in self.held]
+        once = products_of(self.pair.student.recorded) * sum(map(len, held))
+        for _ in range(min(most, int(HELD_OUT * MOST_PRODUCTS / once)) - 1):
+            self.held += range(len(self.images), len(self.images) + len(held))
+            self.images += held
+        for world in (self.pair.student, self.pair.donor):
+            world.batches = list(self.images)
+            world.values = [{0: batch} for batch in world.batches]
+
+    def put(self, numbers: Sequence[int], batches: Sequence[Tensor]) -> None:
+        for world in (self.pair.student, self.pair.donor):
+            for number, batch in zip(numbers, batches, strict=True):
+                world.batches[number] = batch
+                world.values[number] = {0: batch}
+
+    def close(self) -> None:
+        for world in (self.pair.student, self.pair.donor):
+            world.batches = self.images[: self.image_batches]
+            world.values = [{0: batch} for batch in world.batches]
 
     @property
     def is_classifier(self) -> bool:
-        return self.truths[0].dim() == 2 and self.truths[0].shape[1] > 1
+        shape = self.pair.student.recorded.nodes[self.output].meta["shape"]
+        return len(shape) == 2 and shape[1] > 1
 
     @property
     def classes(self) -> int:
         """As many sums of an image's outputs as can differ."""
-        return self.truths[0].shape[1] if self.is_classifier else self.truths[0][0].numel()
+        return math.prod(self.pair.student.recorded.nodes[self.output].meta["shape"][1:])
 
     def loss(self) -> float:
         """Of the student on the held-out batches."""
@@ -87,6 +133,26 @@ class Outputs:
         p = (truth / TEMPERATURE).softmax(1)
         turned = turned * p.sqrt()
         return TEMPERATURE * (turned - turned.sum(2, keepdim=True) * p)
+
+
+def are_images(batch: Tensor) -> bool:
+    return batch.dim() == 4 and batch.is_floating_point()
+
+
+def mixed_images(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Each image x as a x + (1 - a) y with another one y, a drawn evenly from [LEAST_SHARE, 1].
+
+    Args:
+        batches: (N, C, H, W) each; mixed across them.
+
+    Source: Zhang et al. 2018, mixup, arXiv:1710.09412; without labels, the donor's answers to the mixes taking their
+    place, Beyer et al. 2022, Knowledge distillation: a good teacher is patient and consistent, arXiv:2106.05237.
+    """
+    images = torch.cat(list(batches))
+    others = images[torch.randperm(len(images), generator=generator).to(images.device)]
+    shares = LEAST_SHARE + (1.0 - LEAST_SHARE) * torch.rand(len(images), 1, 1, 1, generator=generator)
+    mixed = torch.lerp(others, images, shares.to(images))
+    return list(mixed.split([len(batch) for batch in batches]))
 
 
 def has_comparable_outputs(pair: Pair) -> bool:

@@ -36,12 +36,14 @@ class Solves:
         count: how many solves; 0 leaves the network as it is.
         ridges: tried at each, relative to the mean square of an equation's slopes; held-out images choose.
         refits_kept: plain layers behind converted ones are changed too.
-        seed: of the order of the images and of the sums of outputs drawn.
+        mixes: of a classifier of images, mixes of two images are solved for.
+        seed: of the order of the images, of the sums of outputs drawn and of mixes.
     """
 
     count: int = 3
     ridges: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.03)
     refits_kept: bool = True
+    mixes: bool = True
     seed: int = 0
 
 
@@ -79,7 +81,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     """
     if solves.count < 1 or sum(map(len, pair.student.batches)) < FEWEST_IMAGES or not has_comparable_outputs(pair):
         return None
-    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed))
+    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed), mixes=solves.mixes)
     unknowns, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
     axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
     unknowns = [unknown for unknown in unknowns if all(position in axes for position in unknown.positions)]
@@ -88,7 +90,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     for number in range(solves.count if unknowns else 0):
         progress(f"outputs {number + 1}")
         sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), size)
-        groups = grouped(outputs, images)[: min(number + 1, MOST_GROUPS)]
+        groups = groups_of(outputs, images, min(number + 1, MOST_GROUPS))
         try:
             changes = mean_changes(outputs, unknowns, axes, groups, solves.ridges, min(sums, outputs.classes))
         except RuntimeError as error:  # a function without a derivative, which torch tells only when asked for it
@@ -100,6 +102,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
         losses.append(loss)
         if loss > (1.0 - LEAST_GAIN) * losses[-2]:
             break
+    outputs.close()
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
     return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
@@ -110,6 +113,12 @@ def shape_of_group(images: int, unknowns: int) -> tuple[int, int]:
     equations = max(1, min(MOST_EQUATIONS, FLOATS_KEPT // unknowns))
     sums = max(FEWEST_SUMS, equations // images)
     return sums, max(1, equations // sums)
+
+
+def groups_of(outputs: Outputs, limit: int, count: int) -> list[list[int]]:
+    """``count`` groups of at most ``limit`` images; where these are not mixed anew each time, no group comes twice."""
+    groups = grouped(outputs, limit)
+    return [groups[number % len(groups)] for number in range(count if outputs.mixes else min(count, len(groups)))]
 
 
 def grouped(outputs: Outputs, limit: int) -> list[list[int]]:
@@ -138,6 +147,8 @@ def mean_changes(
     """For each ridge, the mean of the groups' solutions, one tensor an unknown; empty if slopes are infinite."""
     changes: list[list[Tensor]] = []
     for group in groups:
+        if outputs.mixes:
+            outputs.draw(group)
         blocks, errors = equations_of(outputs, unknowns, axes, group, sums)
         scales = [
             unknown.spread(block.norm(dim=0).square()).clamp_min(1e-30).rsqrt()

@@ -27,7 +27,7 @@ class World:
     """
 
     def __init__(self, recorded: Recorded, batches: Sequence[Tensor], *, half: bool = False) -> None:
-        self.recorded, self.batches, self.half = recorded, batches, half
+        self.recorded, self.batches, self.half = recorded, list(batches), half
         self.device = batches[0].device
         self.overrides: dict[int, Override] = {}
         self.values: list[dict[int, Any]] = [{0: batch} for batch in batches]

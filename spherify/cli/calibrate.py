@@ -32,6 +32,9 @@ def calibrate(
     keep_worst: Annotated[
         int, typer.Option(help="Take so many layers, those that cost most alone, back to plain ones.", metavar="N")
     ] = 0,
+    output_solves: Annotated[
+        int, typer.Option(help="At most so many solves of the outputs after a transplant; 0 for none.", metavar="N")
+    ] = 3,
     data_dir: Annotated[Path | None, typer.Option(help="Where named data are kept.", metavar="DIR")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images and positions drawn.")] = 0,
@@ -59,6 +62,7 @@ def calibrate(
             progress=step,
             sensitivity=sensitivity,
             keep_worst=keep_worst,
+            output_solves=output_solves,
         )
     save(model, target)
     show(report, picture, as_json)

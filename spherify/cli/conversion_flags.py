@@ -9,7 +9,7 @@ from spherify.cli.convert import convert
 
 OWN = (  # of that command alone
     *("model", "output", "dry_run", "as_json", "seed", "debug", "pretrained", "checkpoint"),
-    *("calibrate", "calibration", "calibration_images"),
+    *("calibrate", "calibration", "calibration_images", "output_solves"),
 )
 
 

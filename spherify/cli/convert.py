@@ -55,6 +55,9 @@ def convert(
     ] = None,
     calibration: Annotated[str, typer.Option(help="statistics, transplant, reconstruct.")] = "transplant",
     calibration_images: Annotated[int, typer.Option(help="How many of them.")] = 500,
+    output_solves: Annotated[
+        int, typer.Option(help="At most so many solves of the outputs after a transplant; 0 for none.", metavar="N")
+    ] = 3,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write [default: MODEL-OPERATOR].", metavar="DIR")
     ] = None,
@@ -104,7 +107,13 @@ def convert(
 
         with progress_bar() as step:
             calibrated = calibrate_with(
-                converted, calibrate, calibration, images=calibration_images, seed=seed, progress=step
+                converted,
+                calibrate,
+                calibration,
+                images=calibration_images,
+                seed=seed,
+                progress=step,
+                output_solves=output_solves,
             )
     messages = Console(stderr=True, soft_wrap=True)
     if not dry_run:  # before anything is printed: `| head` must not keep it from being written

@@ -55,6 +55,10 @@ def test_converting_with_calibration_and_calibrating_the_folder_again(run):
     assert "16 images are few" in out
     assert not torch.equal(load("test_resnet-cosine").conv1[0].weight, before)
 
+    code, out, err = run("calibrate", "test_resnet-cosine", *how, "--output-solves", -1)
+    assert (code, out) == (2, "")
+    assert "output_solves=-1 is negative" in err
+
 
 def test_taking_back_what_costs_most_and_saving_it(run):
     torch.manual_seed(0)
@@ -79,6 +83,7 @@ def test_taking_back_what_costs_most_and_saving_it(run):
     [
         (["--calibration", "magic"], "calibration method 'magic' is unknown"),
         (["--calibration-images", "3"], "got 3 images; give at least 8"),
+        (["--output-solves", "-1"], "output_solves=-1 is negative"),
     ],
 )
 def test_wrong_calls(run, arguments, message):

@@ -9,9 +9,9 @@ from networks import FromFunction, Residual, conv_bn, image
 from torch import nn
 
 from spherify import OptionError, calibrate, spherify
-from spherify.calibrate.outputs import Outputs, image_axes, outputs_of
+from spherify.calibrate.outputs import Outputs, image_axes, mixed_images, outputs_of
 from spherify.calibrate.pair import Pair
-from spherify.calibrate.solve import FEWEST_IMAGES, Solves, play, solve_outputs_
+from spherify.calibrate.solve import FEWEST_IMAGES, Solves, groups_of, play, solve_outputs_
 from spherify.calibrate.unknowns import Filters, unknowns_of
 
 IMAGES = image(60, 3, 12, 12)
@@ -172,6 +172,86 @@ def test_norms_have_the_statistics_of_their_inputs_afterwards():
         inputs = model[0](MANY)
     torch.testing.assert_close(model[1].running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(model[1].running_var, inputs.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- mixes
+
+
+def brightness(batches) -> torch.Tensor:
+    """(N,) of images of one colour each."""
+    images = torch.cat(list(batches))
+    assert torch.equal(images, images[:, :1, :1, :1].expand_as(images))
+    return images[:, 0, 0, 0]
+
+
+def test_seen_images_are_mixed_with_seen_ones_and_held_out_ones_with_held_out_ones():
+    donor = residual_net()
+    images = torch.tensor([float(number) for number in range(40)]).view(40, 1, 1, 1).expand(40, 3, 12, 12)
+    images = torch.where(images < 30, images, images + 1000)
+    model = spherify(donor, example_input=images[:2]).eval()
+    pair = Pair(model, donor, images.split(10), half=False)
+    outputs = Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
+    outputs.draw(outputs.seen)
+    before, after = brightness(images.split(10)), brightness(pair.student.batches)
+    seen, held = after[:30], after[30:]
+    assert len(held) == 40 and len(held.unique()) > 35
+    assert outputs.seen == [0, 1, 2] and outputs.held == [3, 4, 5, 6]
+    torch.testing.assert_close(outputs.truths[6], donor(pair.student.batches[6]))
+    assert bool((seen <= 29).all()) and bool((held >= 1030).all())
+    assert int(after[:40].eq(before).sum()) < 5
+    torch.testing.assert_close(outputs.truths[3], donor(pair.student.batches[3]))
+    outputs.close()
+    assert torch.equal(brightness(pair.student.batches), before)
+    assert torch.equal(brightness(pair.donor.batches), before)
+
+
+def test_every_group_of_a_solve_has_mixes_of_its_own():
+    donor = residual_net()
+    model = spherify(donor, example_input=IMAGES[:2]).eval()
+    pair = Pair(model, donor, IMAGES.split(10), half=False)
+    outputs = Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
+    first, second = groups_of(outputs, 1000, 2)
+    assert first == second and sorted(first) == outputs.seen
+    drawn = []
+    for _ in range(2):
+        outputs.draw(outputs.seen)
+        drawn.append(torch.cat(list(pair.student.batches)))
+    assert not torch.equal(*drawn)
+
+
+def test_an_image_has_at_least_half_of_its_mix():
+    images = torch.eye(64).view(64, 64, 1, 1)
+    mixed = torch.cat(mixed_images(images.split(16), torch.Generator().manual_seed(0))).flatten(1)
+    torch.testing.assert_close(mixed.sum(1), torch.ones(64))
+    own = mixed.diagonal()
+    assert 0.5 <= float(own.min()) < 0.55 and float(own.max()) > 0.95
+    assert bool(mixed.count_nonzero(1).le(2).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "net"),
+    [
+        ((40, 6), lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))),
+        ((40, 3, 6, 6), lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))),
+    ],
+    ids=["no images", "no classes"],
+)
+def test_only_images_of_a_classifier_are_mixed(shape, net):
+    donor, inputs = net().eval(), torch.randn(shape)
+    model = spherify(donor, example_input=inputs[:2]).eval()
+    pair = Pair(model, donor, inputs.split(10), half=False)
+    Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
+    assert torch.equal(torch.cat(list(pair.student.batches)), inputs)
+
+
+def test_mixes_are_the_default_and_can_be_left_out():
+    weights = []
+    for options in ({}, {"mix_images": True}, {"mix_images": False}):
+        model = spherify(residual_net(), example_input=IMAGES[:2])
+        calibrate(model, IMAGES, **options)
+        weights.append(model[0].weight.clone())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves
