@@ -188,7 +188,7 @@ def notes_on_solves(solved: Solved | None) -> tuple[str, ...]:
     if solved is None:
         return ()
     if solved.problem:
-        return (f"The outputs could not be solved ({solved.problem}).",)
+        return (f"The outputs were not solved for: {solved.problem}.",)
     if len(solved.losses) == 1:
         return ("A solve of the outputs did not bring held-out images nearer to the donor, and was dropped.",)
     losses = " -> ".join(f"{loss:.3g}" for loss in solved.losses)

@@ -74,13 +74,15 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     group, from which the others start nearer.
 
     Returns:
-        What was done; None where there are too few images, or outputs that are no numbers image by image.
+        What was done, or why nothing was; None where outputs are no numbers image by image.
 
     Source: the mean of solutions is that of Zhang, Duchi, Wainwright 2015, Divide and Conquer Kernel Ridge Regression;
     the linearisation is a Gauss-Newton step with Levenberg's damping.
     """
-    if solves.count < 1 or sum(map(len, pair.student.batches)) < FEWEST_IMAGES or not has_comparable_outputs(pair):
+    if solves.count < 1 or not has_comparable_outputs(pair):
         return None
+    if problem := too_few(pair):
+        return Solved(losses=(), unknowns=0, left=(), problem=problem)
     outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed), mixes=solves.mixes)
     unknowns, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
     axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
@@ -106,6 +108,17 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
     return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
+
+
+def too_few(pair: Pair) -> str:
+    """What is wrong with the number of images, or nothing: fewer than classes cannot even show each class once."""
+    images = sum(map(len, pair.student.batches))
+    if images < FEWEST_IMAGES:
+        return f"{images} images, and {FEWEST_IMAGES} are needed"
+    shape = pair.student.recorded.nodes[pair.student.recorded.outputs[0]].meta["shape"]
+    if len(shape) == 2 and images < shape[1]:
+        return f"{images} images, fewer than the {shape[1]} classes"
+    return ""
 
 
 def shape_of_group(images: int, unknowns: int) -> tuple[int, int]:

@@ -298,7 +298,16 @@ def test_filters_without_room_stay_and_are_named():
 def test_too_few_images_are_not_solved():
     donor = residual_net()
     model = spherify(donor, example_input=IMAGES[:2])
-    assert solved(model, donor, IMAGES[: FEWEST_IMAGES - 1]) is None
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert "39 images, and 40 are needed" in solved(model, donor, IMAGES[: FEWEST_IMAGES - 1]).problem
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_fewer_images_than_classes_are_not_solved_and_a_note_says_so():
+    donor = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 50)).eval()
+    model = spherify(donor, example_input=IMAGES[:2]).eval()
+    report = calibrate(model, [IMAGES[:48]], donor=donor)
+    assert any("48 images, fewer than the 50 classes" in note for note in report.notes)
 
 
 def test_a_function_without_a_derivative_is_told_and_leaves_the_weights():
@@ -313,7 +322,7 @@ def test_a_function_without_a_derivative_is_told_and_leaves_the_weights():
         report = calibrate(model, IMAGES, donor=donor, output_solves=count)
         weights.append(model.conv.weight)
     assert torch.equal(*weights)
-    assert any("could not be solved" in note and "igamma" in note for note in report.notes)
+    assert any("were not solved for" in note and "igamma" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("output", [lambda z: z.argmax(1, keepdim=True), lambda z: z.sum()])
