@@ -9,6 +9,7 @@ from networks import FromFunction, Residual, conv_bn, image
 from torch import nn
 
 from spherify import OptionError, calibrate, spherify
+from spherify.calibrate import solve
 from spherify.calibrate.outputs import Outputs, image_axes, mixed_images, outputs_of
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.solve import FEWEST_IMAGES, Solves, groups_of, play, solve_outputs_
@@ -244,7 +245,18 @@ def test_only_images_of_a_classifier_are_mixed(shape, net):
     assert torch.equal(torch.cat(list(pair.student.batches)), inputs)
 
 
-def test_mixes_are_the_default_and_can_be_left_out():
+def test_few_images_are_mixed_unless_told_otherwise_and_many_are_not(monkeypatch):
+    run = Outputs.__init__
+    asked = []
+    monkeypatch.setattr(Outputs, "__init__", lambda self, *a, mixes: asked.append(mixes) or run(self, *a, mixes=mixes))
+    for most in (solve.MOST_EQUATIONS, 2):
+        monkeypatch.setattr(solve, "MOST_EQUATIONS", most)
+        model = spherify(residual_net(), example_input=IMAGES[:2])
+        calibrate(model, IMAGES, output_solves=1)
+    assert asked == [True, False]
+
+
+def test_few_images_are_mixed_and_this_can_be_left_out():
     weights = []
     for options in ({}, {"mix_images": True}, {"mix_images": False}):
         model = spherify(residual_net(), example_input=IMAGES[:2])
