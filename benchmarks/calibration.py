@@ -159,11 +159,7 @@ def main() -> None:
     parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
     parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
     parser.add_argument("--output-solves", type=int, default=3, help="linear solves of the outputs at the end")
-    parser.add_argument(
-        "--mixes",
-        action=argparse.BooleanOptionalAction,
-        help="solve for mixes of two images [default: if they are few]",
-    )
+    parser.add_argument("--mixes", action="store_true", help="solve for mixes of two images")
     parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=100)

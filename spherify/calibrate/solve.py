@@ -36,15 +36,14 @@ class Solves:
         count: how many solves; 0 leaves the network as it is.
         ridges: tried at each, relative to the mean square of an equation's slopes; held-out images choose.
         refits_kept: plain layers behind converted ones are changed too.
-        mixes: of a classifier of images, mixes of two images are solved for; None: where there are fewer images than
-            the solves would take.
+        mixes: of a classifier of images, mixes of two images are solved for.
         seed: of the order of the images, of the sums of outputs drawn and of mixes.
     """
 
     count: int = 3
     ridges: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.03)
     refits_kept: bool = True
-    mixes: bool | None = None
+    mixes: bool = False
     seed: int = 0
 
 
@@ -84,8 +83,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
         return None
     if problem := too_few(pair):
         return Solved(losses=(), unknowns=0, left=(), problem=problem)
-    mixes = has_few_images(pair) if solves.mixes is None else solves.mixes
-    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed), mixes=mixes)
+    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed), mixes=solves.mixes)
     unknowns, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
     axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
     unknowns = [unknown for unknown in unknowns if all(position in axes for position in unknown.positions)]
@@ -121,11 +119,6 @@ def too_few(pair: Pair) -> str:
     if len(shape) == 2 and images < shape[1]:
         return f"{images} images, fewer than the {shape[1]} classes"
     return ""
-
-
-def has_few_images(pair: Pair) -> bool:
-    """Fewer than the groups of one solve could hold: every solve would see the same ones again."""
-    return sum(map(len, pair.student.batches)) < MOST_GROUPS * MOST_EQUATIONS // FEWEST_SUMS
 
 
 def shape_of_group(images: int, unknowns: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from networks import FromFunction, Residual, conv_bn, image
 from torch import nn
 
 from spherify import OptionError, calibrate, spherify
-from spherify.calibrate import solve
 from spherify.calibrate.outputs import Outputs, image_axes, mixed_images, outputs_of
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.solve import FEWEST_IMAGES, Solves, groups_of, play, solve_outputs_
@@ -245,25 +244,14 @@ def test_only_images_of_a_classifier_are_mixed(shape, net):
     assert torch.equal(torch.cat(list(pair.student.batches)), inputs)
 
 
-def test_few_images_are_mixed_unless_told_otherwise_and_many_are_not(monkeypatch):
-    run = Outputs.__init__
-    asked = []
-    monkeypatch.setattr(Outputs, "__init__", lambda self, *a, mixes: asked.append(mixes) or run(self, *a, mixes=mixes))
-    for most in (solve.MOST_EQUATIONS, 2):
-        monkeypatch.setattr(solve, "MOST_EQUATIONS", most)
-        model = spherify(residual_net(), example_input=IMAGES[:2])
-        calibrate(model, IMAGES, output_solves=1)
-    assert asked == [True, False]
-
-
-def test_few_images_are_mixed_and_this_can_be_left_out():
+def test_images_are_mixed_where_this_is_asked_for():
     weights = []
     for options in ({}, {"mix_images": True}, {"mix_images": False}):
         model = spherify(residual_net(), example_input=IMAGES[:2])
         calibrate(model, IMAGES, **options)
         weights.append(model[0].weight.clone())
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves
