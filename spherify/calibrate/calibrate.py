@@ -70,7 +70,7 @@ def calibrate(
         output_solves: at the end of a transplant, at most so many linear solves of the network's outputs over all
             layers at once; 0 for none.
         mix_images: where inputs are (N, C, H, W) floats and outputs (N, M), the solves are done on mixes of two images
-            each, of which the donor is less sure than of the images: for about 1,000 images of the donor's own training.
+            each, of which the donor is less sure than of the images: for about 1,000 images that it was trained on.
         sensitivity: measure first what each converted layer costs alone (``spherify.calibrate.sensitivity``); the
             report's ``sensitivity`` holds it.
         keep_worst: so many converted layers, those that cost most alone, are plain layers again: the donor is
