@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.speed import MODELS
 from spherify.bench.timing import keep_freed_memory
 from spherify.convert import plan
-from spherify.functional import cpu_kernels
+from spherify.functional import cpu_binding, cpu_kernels
 
 FEWEST_BYTES: dict[str, Callable[..., int]] = {
     # reads and writes of float32 numbers that cannot be avoided, once each
@@ -104,7 +104,7 @@ def report(name: str, operator: str, batch: int, size: int, repeats: int) -> Non
     converted = plan(plain, operator=operator, example_input=x[:2]).apply()
     keep_freed_memory()
     speed = copies_per_second()
-    print(f"{name}, {operator}, {batch} x {size} px; copying moves {speed / 1e9:.1f} GB/s; {cpu_kernels.state()}")
+    print(f"{name}, {operator}, {batch} x {size} px; copying moves {speed / 1e9:.1f} GB/s; {cpu_binding.state()}")
     for phase, trains in (("training step", True), ("inference", False)):
         steps = step_of(plain, x, trains), step_of(converted, x, trains)
         for step in steps:

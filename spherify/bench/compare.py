@@ -20,7 +20,7 @@ from spherify.convert import plan
 from spherify.errors import ModelError, OptionError
 from spherify.export.fold import fold, fold_any
 from spherify.export.fold_report import FoldReport, fold_report
-from spherify.functional import cpu_kernels
+from spherify.functional import cpu_binding
 from spherify.graph.record import one_line, tensors_in
 from spherify.models.inputs import candidate_inputs
 from spherify.models.resolve import build, resolve
@@ -238,7 +238,7 @@ def machine() -> dict[str, Any]:
         "processor": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "cpu_kernels": cpu_kernels.state(),
+        "cpu_kernels": cpu_binding.state(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spherify.functional import cpu_kernels
+from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.filters import multiply, multiply_backward
 
 
@@ -30,7 +30,7 @@ def serves(x: Tensor, weight: Tensor, others: Sequence[Tensor | None], groups: i
         and weight.is_contiguous()
         and weight.numel() > 0
         and all(tensor is None or tensor.device.type == "cpu" for tensor in (weight, *others))
-        and cpu_kernels.takes(x, groups)
+        and cpu_binding.takes(x, groups)
     )
 
 
@@ -64,7 +64,7 @@ def forward(
     """None where the convolution's output lies in a way the kernels do not read. ``keeps``: for a gradient later."""
     inverse = patch_norms(x, weight, window, eps)
     out = multiply(x, weight, *window)
-    if not cpu_kernels.takes(out, window.groups) or not cpu_kernels.fits(out, inverse):
+    if not cpu_binding.takes(out, window.groups) or not cpu_binding.fits(out, inverse):
         return None
     length = cpu_kernels.inverse_lengths(weight, eps)
     keeps = keeps and operator != "cosine" and not is_in_output(gain, bias)

@@ -49,23 +49,9 @@ class SphereProduct(torch.autograd.Function):
         return *backward_by_cpu_kernels(ctx, gradients[0], *ctx.saved_tensors), *[None] * len(ctx.numbers)
 
 
-def by_cpu_kernels(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    k: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    operator: str,
-    fixed_k: float,
-    eps: float,
-    compute: torch.dtype,
-    *,
-    keeps: bool = False,
-) -> cpu_product.Product | None:
+def by_cpu_kernels(*inputs: Any, keeps: bool = False) -> cpu_product.Product | None:
+    """The arguments of ``product_and_rest``; None where the kernels do not serve."""
+    x, weight, bias, gain, k, stride, padding, dilation, groups, operator, fixed_k, eps, compute = inputs
     if not cpu_product.serves(x, weight, (bias, gain, k), groups, compute):
         return None
     window = cpu_product.Window(stride, padding, dilation, groups)

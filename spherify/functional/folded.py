@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherify.functional import cpu_kernels
+from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.blocks import blocks, energy_of, grouped
 from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_ends, patch_energy, per_axis
 from spherify.functional.fused import patch_inverse_norm, takes
@@ -79,7 +79,7 @@ def inverse_norms(
 
 def served(x: Tensor, groups: int) -> bool:
     """Whether the CPU's kernels take this input: eager inference in float32."""
-    return takes(x) and x.dim() <= 4 and not needs_graph(x) and cpu_kernels.takes(x, groups)
+    return takes(x) and x.dim() <= 4 and not needs_graph(x) and cpu_binding.takes(x, groups)
 
 
 def norms_by_kernel(
@@ -210,8 +210,8 @@ def finish(
 ) -> Tensor:
     """What is left after the product, in place where nobody looks. ``by_kernels``: they have taken the input."""
     groups = inverse.shape[1]
-    is_taken = by_kernels and not product.requires_grad and cpu_kernels.takes(product, groups)
-    if is_taken and cpu_kernels.fits(product, inverse):
+    is_taken = by_kernels and not product.requires_grad and cpu_binding.takes(product, groups)
+    if is_taken and cpu_binding.fits(product, inverse):
         guard = math.inf if operator == "cosine" else None
         low, high = BOUNDS[activation]
         values = dict(gain=scale, bias=bias, steep=steepness)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from spherify import fold, spherify
-from spherify.functional import cpu_kernels
+from spherify.functional import cpu_binding
 from spherify.functional.folded import SharedNorms
 
 OPERATORS = ["cosine", "linear"]
@@ -62,7 +62,7 @@ def test_a_norm_is_computed_once_in_eager_mode(case, operator, monkeypatch):
     monkeypatch.setattr(SharedNorms, "get", counting)
     with torch.no_grad():
         assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
-    in_one_pass = cpu_kernels.library() is not None  # else the channel sum is a third, which 3x3 and 1x1 share
+    in_one_pass = cpu_binding.library() is not None  # else the channel sum is a third, which 3x3 and 1x1 share
     assert len(computed) == {"convs": 2 if in_one_pass else 3, "projections": 1}[case]
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from angular_samples import OPERATORS, normal, options_of
 from torch.testing import assert_close
 
-from spherify.functional import c_library, cpu_kernels, eager, sphere_conv1d, sphere_conv2d, sphere_linear
+from spherify.functional import c_library, cpu_binding, cpu_kernels, eager, sphere_conv1d, sphere_conv2d, sphere_linear
 from spherify.functional.sphere import plain_sphere
 
-pytestmark = pytest.mark.skipif(cpu_kernels.library() is None, reason=f"CPU kernels: {cpu_kernels.state()}")
+pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason=f"CPU kernels: {cpu_binding.state()}")
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 SHAPES = {  # x, weight, window
     "3x3": ((2, 3, 9, 11), (8, 3, 3, 3), dict(padding=1)),
@@ -295,9 +295,9 @@ def test_the_functions_of_one_number_are_right_over_their_whole_range():
 def without_kernels(**environment: str) -> str:
     """The state and a result in a process of its own."""
     code = (
-        "import torch; from spherify.functional import cpu_kernels, sphere_conv2d; torch.manual_seed(0);"
+        "import torch; from spherify.functional import cpu_binding, cpu_kernels, sphere_conv2d; torch.manual_seed(0);"
         "x = torch.randn(1, 2, 4, 4); w = torch.randn(3, 2, 3, 3);"
-        "print(cpu_kernels.state(), '|', round(float(sphere_conv2d(x, w).sum()), 4))"
+        "print(cpu_binding.state(), '|', round(float(sphere_conv2d(x, w).sum()), 4))"
     )
     merged = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], env=merged, capture_output=True, text=True, check=True)
