@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what one step frees for the next, for the rest of the process.
 
     Otherwise it hands large blocks back to the system now and then, and the step that needs them again pays for every
-    page (13 % of a step of ResNet-50 at 4 x 96 px), be it the plain network's or the other's.
+    page, be it the plain network's or the other's.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
