@@ -43,7 +43,7 @@ def triton_kernels() -> ModuleType | None:
         kernels = importlib.import_module("spherify.functional.triton_kernels")
         if kernels.works():
             return kernels
-        reason = "they return numbers that are not finite"
+        reason = "they compute other numbers than they should"
     except ImportError:
         return None
     except Exception as error:  # the compiler's own, of many kinds
@@ -189,17 +189,17 @@ def respond_backward(
         product, along, by_filter = kernels.respond_backward(
             gradient, saved, inverse_norm, inverse_length, operator, k, gain, bias
         )
-        found = Gradients(product, along, by_filter[3])
+        found = Gradients(product, along, by_filter[1])
     else:
         found, by_filter = backward_by_blocks(
             gradient, saved, inverse_norm, inverse_length, operator, softness, gain, bias, needs
         )
     found.bias = by_filter[0] if needs_bias else None
     if operator != "cosine":
-        found.gain = by_filter[1]
+        found.gain = by_filter[2]
         if needs_k and softness is not None:
-            factor = by_filter[1] if gain is None else by_filter[1] * gain.flatten()
-            found.k = by_k(by_filter[2], factor, softness)
+            factor = by_filter[2] if gain is None else by_filter[2] * gain.flatten()
+            found.k = by_k(by_filter[3], factor, softness)
     return found
 
 
@@ -214,12 +214,12 @@ def backward_by_blocks(
     bias: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Gradients, Tensor]:
-    """By plain operations; and sums by filter, (4, O): of the gradient, with the response, for k, along the filter."""
+    """By plain operations; and sums by filter, (4, O): of the gradient, along the filter, with the response, for k."""
     _, _, needs_bias, needs_gain, needs_k = needs
     groups, filters = inverse_norm.shape[1], saved.shape[1]
     wide = inverse_norm.dtype
     by_filter = inverse_norm.new_zeros(4, filters)
-    found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), by_filter[3])
+    found = Gradients(torch.empty_like(saved), torch.empty_like(inverse_norm), by_filter[1])
     factor = inverse_length
     if operator == "cosine" and gain is not None:
         factor = gain if factor is None else factor * gain
@@ -234,13 +234,13 @@ def backward_by_blocks(
             cosine, slope = answer, part
         else:
             if needs_gain or needs_k:
-                by_filter[1] += (part * answer).sum(others)
+                by_filter[2] += (part * answer).sum(others)
             part = part if gain is None else part * gain
-            cosine, slope = slope_at(answer, part, softness, saved.dtype, by_filter[2] if needs_k else None)
+            cosine, slope = slope_at(answer, part, softness, saved.dtype, by_filter[3] if needs_k else None)
         if any(needs):
             along = cosine * slope
             torch.sum(grouped(along, groups), 2, out=found.along[block])
-            by_filter[3] += along.sum(others)
+            by_filter[1] += along.sum(others)
         slope = slope if factor is None else slope * factor
         if found.product.dtype == wide:
             torch.mul(grouped(slope, groups), inverse, out=grouped(found.product[block], groups))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherify.functional.blocks import grouped, wide_type
+from spherify.functional.blocks import grouped, kernels_for, wide_type
 from spherify.functional.cosine import CONVOLUTIONS, box_sum, unit_filters
 
 MANY_MAPS = 8
@@ -35,6 +35,8 @@ def like(gradient: Tensor | None, leaf: Tensor | None, is_needed: bool) -> Tenso
 
 def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
     """(O,): 1 / |w| of each filter, in float32 or wider."""
+    if (kernels := kernels_for(weight)) is not None:
+        return kernels.inverse_lengths(weight, eps)
     rows = weight.flatten(1)
     return torch.linalg.vector_norm(rows, dim=1, dtype=wide_type(weight.dtype)).square_().add_(eps).rsqrt_()
 
@@ -45,10 +47,12 @@ def filters_for(
     """What the input is multiplied by, and by what the product is to be multiplied: filter by filter, and as a whole.
 
     Where the output is small against the weight it is the output that is divided by the filters' lengths: one pass
-    in place of three over the weight. Not in float16, whose range asks for unit filters.
+    in place of three over the weight; with the GPU's kernels it costs nothing anywhere. Not in float16, whose range
+    asks for unit filters.
     """
     positions = inverse_norm.numel() // max(1, inverse_norm.shape[1])
-    if compute != torch.float16 and positions * weight.shape[0] <= 2 * weight.numel():
+    is_small = positions * weight.shape[0] <= 2 * weight.numel()
+    if compute != torch.float16 and (is_small or kernels_for(weight) is not None):
         return weight, inverse_lengths(weight, eps), 1.0
     unit, power = unit_filters(weight, eps=eps)
     return unit, None, power

@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 
 from spherify.functional.blocks import (
     energy_of,
+    kernels_for,
     normalise_and_respond_,
     respond_backward,
     wide_type,
@@ -74,6 +75,8 @@ def patch_inverse_norm(
     eps: float,
 ) -> Tensor:
     """1 / |patch|, (N, G, P, Q) in float32 or wider."""
+    if (kernels := kernels_for(x)) is not None and len(window) <= 2:
+        return kernels.patch_inverse_norm(x, window, stride, padding, dilation, groups, eps)
     if all(size == 1 for size in window) and not any(padding):
         taken = (slice(None), slice(None), *[slice(None, None, step) for step in stride])
         x, stride = x[taken], [1] * len(stride)
@@ -233,10 +236,13 @@ def fast_backward(
         if needs_weight:
             by_weight = by_direction_(by_filters, weight, found.along_filter, eps, power, length)
     if by_x is not None:
-        along = spread_over_window(
-            found.along.mul_(inverse * inverse), x.shape[2:], weight.shape[2:], stride, padding, dilation
-        )
-        by_x = subtract_along_(by_x.to(x.dtype), x, along)
+        window = (weight.shape[2:], stride, padding, dilation)
+        by_x = by_x.to(x.dtype)
+        if (kernels := kernels_for(by_x, x)) is not None and x.dim() <= 4:
+            kernels.subtract_along_(by_x, x, found.along, inverse, *window)
+        else:
+            along = spread_over_window(found.along.mul_(inverse * inverse), x.shape[2:], *window)
+            by_x = subtract_along_(by_x, x, along)
     return [
         by_x,
         by_weight,

@@ -13,14 +13,28 @@ from spherify.functional import blocks, sphere_conv2d
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("which", ["--few", pytest.param("--all", marks=pytest.mark.slow)])
-def test_the_kernels_compute_what_the_plain_blocks_do(which):
-    script = Path(__file__).with_name("triton_checks.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, str(script), which], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+FEW_OR_ALL = pytest.mark.parametrize("which", ["--few", pytest.param("--all", marks=pytest.mark.slow)])
+
+
+def run(script, which, **environment):
+    command = [sys.executable, str(Path(__file__).with_name(script)), which]
+    environment |= {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    limit = 300 if which == "--few" else 3000
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@FEW_OR_ALL
+def test_the_kernels_compute_what_the_plain_blocks_do(which):
+    run("triton_checks.py", which, TRITON_INTERPRET="1")
+
+
+@FEW_OR_ALL
+def test_the_kernels_compile_for_gpus_that_are_not_there(which):
+    backend = pytest.importorskip("triton.backends.nvidia")
+    if not (Path(backend.__file__).parent / "bin").is_dir():
+        pytest.skip("this Triton comes without NVIDIA's assembler")
+    run("triton_compile.py", which)
 
 
 def test_the_cpu_asks_for_no_kernel():
