@@ -21,6 +21,7 @@ from spherify.functional.triton_norms import (
     energy,
     images,
     inverse_lengths,
+    on_its_device,
     patch_inverse_norm,
     subtract_along_,
     takes,
@@ -230,6 +231,7 @@ def constants(operator: str, k: float | Tensor | None, filters: int, like: Tenso
     return 0.5 / softness, 1.0 / torch.tanh(math.pi / (4.0 * softness))
 
 
+@on_its_device
 def normalise_and_respond_(
     product: Tensor,
     inverse: Tensor,
@@ -256,6 +258,7 @@ def normalise_and_respond_(
     return product
 
 
+@on_its_device
 def respond_backward(
     gradient: Tensor,
     saved: Tensor,

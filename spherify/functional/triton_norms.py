@@ -6,14 +6,17 @@ format is taken as it lies; sums are in float32.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+T = TypeVar("T")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = 2048  # of a tile: 16 for each of the 128 threads
 MOST_LANES = 64  # of a tile along the dimension that is not contiguous
@@ -171,6 +174,18 @@ def chunk_of(lanes: int, step: int, programs: int) -> int:
     return triton.cdiv(triton.cdiv(lanes, parts), step) * step
 
 
+def on_its_device(function: Callable[..., T]) -> Callable[..., T]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def launch(first: Tensor, *arguments: Any) -> T:
+        with torch.cuda.device_of(first):
+            return function(first, *arguments)
+
+    return launch
+
+
+@on_its_device
 def energy(x: Tensor, groups: int) -> Tensor:
     """(N, C, ...) to (N, G, ...), float32."""
     flat, size, strides = as_rows(x)
@@ -187,6 +202,7 @@ def axes(numbers: Sequence[int], default: int) -> list[int]:
     return [default] * (2 - len(numbers)) + list(numbers)
 
 
+@on_its_device
 def patch_inverse_norm(
     x: Tensor,
     window: Sequence[int],
@@ -222,6 +238,7 @@ def patch_inverse_norm(
     return out
 
 
+@on_its_device
 def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
     """(O,): 1 / |w| of each filter, float32."""
     filters, numbers = weight.shape[0], weight.numel() // weight.shape[0]
@@ -236,6 +253,7 @@ def lies_in_rows(weight: Tensor) -> bool:
     return (weight.is_contiguous() or is_last) and weight.stride(0) == math.prod(weight.shape[1:])
 
 
+@on_its_device
 def subtract_along_(
     by_x: Tensor,
     x: Tensor,
