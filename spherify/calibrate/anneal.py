@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from spherify.functional.cosine import box_sum, padding_at_both_ends, patch_ener
 from spherify.functional.responses import RESPONSES
 from spherify.functional.sphere import per_filter, plain_conv
 from spherify.layers.angular import AngularLayer
+from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv
 
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
@@ -36,8 +38,7 @@ class Annealing:
                 annealing.on_step(step, total)
                 ...
 
-    The norms behind the layers follow by their own running statistics. Attention with a packed weight is not
-    annealed; it answers by angles from the start.
+    The norms behind the layers follow by their own running statistics.
 
     Args:
         model: what ``spherify`` returned, its weights untouched.
@@ -54,9 +55,9 @@ class Annealing:
         if not 0 < until <= 1:
             raise OptionError(f"until={until!r} is out of range; choose a share of the steps in (0, 1].")
         modules = [part for part in model.modules() if isinstance(part, AngularLayer)]
-        self.layers = [part for part in modules if isinstance(part, (SphereConv, nn.Linear))]
+        self.layers = [part for part in modules if isinstance(part, (SphereConv, nn.Linear, SphereMultiheadAttention))]
         if not self.layers:
-            raise OptionError(f"{type(model).__name__} has no converted conv or linear layer to anneal.")
+            raise OptionError(f"{type(model).__name__} has no converted layer to anneal.")
         self.schedule, self.until = SCHEDULES[schedule], until
         self.powers = [0.0] * len(self.layers)
         self.hooks: list[Any] = []
@@ -78,17 +79,35 @@ class Annealing:
             hook.remove()
         self.hooks = []
 
-    def hook(self, number: int) -> Callable[..., Tensor | None]:
-        def answer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def hook(self, number: int) -> Callable[..., Any]:
+        def answer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             power = self.powers[number]
-            return None if power >= 1.0 else annealed(layer, args[0], power, kwargs.get("bias")).to(output.dtype)
+            if power >= 1.0:
+                return None
+            if isinstance(layer, SphereMultiheadAttention):
+                return annealed_attention(layer, power)(*args, **kwargs)
+            return annealed(layer, args[0], power, kwargs.get("bias")).to(output.dtype)
 
         return answer
 
 
-def annealed(layer: Any, x: Tensor, power: float, bias: Tensor | None = None) -> Tensor:
-    """What a converted conv or linear layer answers at this power."""
+def annealed_attention(layer: SphereMultiheadAttention, power: float) -> Callable[..., Any]:
+    """The forward of an attention whose packed weight answers at this power; it has the layer's own Parameters."""
+    stand_in = copy.copy(layer)
+
+    def project(x: Tensor, rows: slice) -> Tensor:
+        bias = layer.in_proj_bias
+        return annealed(layer, x, power, None if bias is None else bias[rows], rows)
+
+    stand_in.__dict__["project"] = project
+    return stand_in.forward
+
+
+def annealed(layer: Any, x: Tensor, power: float, bias: Tensor | None = None, rows: slice | None = None) -> Tensor:
+    """What a converted layer answers at this power; of packed weights, some rows and their bias."""
     weight = layer.filters()
+    if rows is not None:
+        weight = weight[rows]
     trailing = weight.dim() - 2
     if isinstance(layer, SphereConv):
         x, padding = layer.padded(x)
@@ -101,16 +120,23 @@ def annealed(layer: Any, x: Tensor, power: float, bias: Tensor | None = None) ->
     length = per_filter((weight.flatten(1).square().sum(1) + layer.eps).sqrt(), len(weight), trailing, "length")
     size = norm * length
     cosine = (product / size).clamp(-1.0, 1.0)
-    k = layer.k
+    k, gain = layer.k, layer.output_gain()
+    if rows is not None:
+        k, gain = (of_rows(value, rows) for value in (k, gain))
     if isinstance(k, Tensor):
         k = per_filter(k, len(weight), trailing, "k")
     response = (1.0 - power) * cosine + power * RESPONSES[layer.operator].function(cosine, k)
     out = response * size ** (1.0 - power)
-    gain = layer.output_gain()
     if gain is not None:
         out = out * per_filter(gain.abs().clamp_min(1e-6) ** power * gain.sign(), len(weight), trailing, "gain")
-    bias = layer.bias if bias is None else bias
+    if bias is None and rows is None:
+        bias = layer.bias
     return out if bias is None else out + per_filter(bias, len(weight), trailing, "bias")
+
+
+def of_rows(value: Any, rows: slice) -> Any:
+    """The part of a number for each filter; one number, or none, serves all of them."""
+    return value[rows] if isinstance(value, Tensor) and value.numel() > 1 else value
 
 
 def patch_lengths(layer: SphereConv, x: Tensor, padding: Any) -> Tensor:

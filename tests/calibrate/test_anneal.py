@@ -1,11 +1,15 @@
 """Annealing: the donor at the start, the converted network at the end, gradients between, nothing left behind."""
 
+import copy
+
 import pytest
 import torch
 from networks import Residual, image, small_net, timm_model
+from torch import nn
 
 from spherify import OptionError, spherify
 from spherify.calibrate.anneal import Annealing, distillation
+from spherify.layers.attention import SphereMultiheadAttention
 
 IMAGES = image(4, 3, 16, 16)
 
@@ -36,6 +40,46 @@ def test_grouped_dynamic_and_linear_layers_start_as_the_donor(name):
         torch.testing.assert_close(model(images), donor(images), rtol=1e-2, atol=1e-3)
 
 
+class Attends(nn.Module):
+    """To itself, then to the middle of itself: a packed weight taken at once, and rows of it apart."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = (nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2))
+        for attention in (self.one, self.other):
+            nn.init.normal_(attention.in_proj_bias)
+
+    def forward(self, x):
+        x = self.one(x, x, x)[0]
+        return self.other(x, x[:, 2:5], x[:, 2:5])[0]
+
+
+@pytest.mark.parametrize("operator", ["cosine", "learnable"])
+def test_attention_with_a_packed_weight_goes_from_the_donor_to_the_converted_one(operator):
+    donor, tokens = Attends().eval(), image(3, 7, 16)
+    model = spherify(donor, operator=operator, gain="none", head="convert", example_input=tokens).eval()
+    assert all(isinstance(attention, SphereMultiheadAttention) for attention in (model.one, model.other))
+    angular = model(tokens)
+    with Annealing(model, until=1) as annealing:
+        annealing.on_step(0, 10)
+        torch.testing.assert_close(model(tokens), donor(tokens), rtol=1e-4, atol=1e-5)
+        copied = copy.deepcopy(model)
+        annealing.on_step(5, 10)
+        between = model(tokens)
+        between.square().sum().backward()
+        assert torch.equal(copied(tokens), between)
+        with torch.no_grad():
+            model.one.in_proj_weight.neg_()
+        assert torch.equal(copied(tokens), between) and not torch.allclose(model(tokens), between)
+        with torch.no_grad():
+            model.one.in_proj_weight.neg_()
+        annealing.on_step(10, 10)
+        assert torch.equal(model(tokens), angular)
+    assert not torch.allclose(between, angular) and not torch.allclose(between, donor(tokens))
+    assert model.other.in_proj_weight.grad.abs().sum() > 0 and torch.equal(model(tokens), angular)
+
+
 def test_progressive_conversion_takes_one_layer_after_the_other():
     annealing = Annealing(spherify(Residual(), head="convert", example_input=IMAGES), schedule="progressive", until=1)
     annealing.on_step(5, 10)
@@ -63,7 +107,7 @@ def test_what_is_refused():
         Annealing(model, schedule="x")
     with pytest.raises(OptionError, match="until=0 is out of range"):
         Annealing(model, until=0)
-    with pytest.raises(OptionError, match="no converted conv or linear layer"):
+    with pytest.raises(OptionError, match="no converted layer"):
         Annealing(small_net())
     with pytest.raises(OptionError, match="temperature=0 is not positive"):
         distillation(small_net(), temperature=0)
