@@ -23,11 +23,13 @@ from torch import Tensor
 from benchmarks.speed import MODELS
 from spherify.bench.timing import keep_freed_memory
 from spherify.convert import plan
+from spherify.export.fold import fold, fold_any
 from spherify.functional import cpu_binding, cpu_kernels
 
 FEWEST_BYTES: dict[str, Callable[..., int]] = {
     # reads and writes of float32 numbers that cannot be avoided, once each
     "patch_inverse_norm": lambda found, x, *_: 4 * (x.numel() + found.numel()),
+    "normalised_rows": lambda found, x, *_: 4 * 2 * x.numel(),
     "inverse_lengths": lambda found, weight, *_: 4 * weight.numel(),
     "normalise_and_respond_": lambda found, product, *_, keeps=False, **__: 4 * product.numel() * (3 if keeps else 2),
     "respond_backward": lambda found, gradient, saved, *_: 4 * gradient.numel() * (2 if saved is None else 3),
@@ -105,8 +107,10 @@ def report(name: str, operator: str, batch: int, size: int, repeats: int) -> Non
     keep_freed_memory()
     speed = copies_per_second()
     print(f"{name}, {operator}, {batch} x {size} px; copying moves {speed / 1e9:.1f} GB/s; {cpu_binding.state()}")
-    for phase, trains in (("training step", True), ("inference", False)):
-        steps = step_of(plain, x, trains), step_of(converted, x, trains)
+    folded = fold_any(plain, example_input=x), fold(converted, example_input=x)
+    phases = (("training step", True, plain, converted), ("inference", False, plain, converted))
+    for phase, trains, *forms in (*phases, ("inference, both folded", False, *folded)):
+        steps = [step_of(form, x, trains) for form in forms]
         for step in steps:
             step()
         ratios, plains, rounds = [], [], []

@@ -5,9 +5,13 @@
    one group or depthwise, strides S O, 1, O). Loops over the innermost dimension are written for the compiler to vectorise; no
    -ffast-math, so that a NaN stays one. Sums over many numbers end in double. */
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -16,7 +20,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #define INLINE static inline __attribute__((always_inline))
 enum { COSINE, LINEAR, SIGMOID };
-enum { TILE = 2048, ROWS_A_SUM = 64 };
+enum { TILE = 2048, ROWS_A_SUM = 64, RUN = 128, FEW = 64, CHUNK = 1024 };
 static const float HALF_PI = 1.57079632679489662f, TWO_OVER_PI = 0.63661977236758134f;
 
 INLINE float least(float a, float b) { return a < b ? a : b; } /* b if it is NaN */
@@ -24,15 +28,21 @@ INLINE float most(float a, float b) { return a > b ? a : b; }
 INLINE float within(float x, float guard) { return most(-guard, least(guard, x)); }
 INLINE float with_sign(float size, float x) { return x < 0.0f ? -size : size; }
 
-/* Cephes' polynomial, relative error 2e-7. */
-INLINE float asin_of(float x) {
-    float size = fabsf(x);
-    int is_large = size > 0.5f;
-    float z = is_large ? 0.5f * (1.0f - size) : size * size;
-    float root = is_large ? sqrtf(z) : size;
+/* For |x| <= NEAR; Cephes' polynomial. */
+static const float NEAR = 0.5f;
+INLINE float asin_near(float x) {
+    float z = x * x;
     float p = (((4.2163199048e-2f * z + 2.4181311049e-2f) * z + 4.5470025998e-2f) * z + 7.4953002686e-2f) * z
               + 1.6666752422e-1f;
-    float found = root + root * z * p;
+    return x + x * z * p;
+}
+
+/* Relative error 2e-7. */
+INLINE float asin_of(float x) {
+    float size = fabsf(x);
+    int is_large = size > NEAR;
+    float root = is_large ? sqrtf(0.5f * (1.0f - size)) : size;
+    float found = asin_near(root);
     return with_sign(is_large ? HALF_PI - 2.0f * found : found, x);
 }
 
@@ -42,16 +52,6 @@ INLINE float sin_of(float x) {
     float p = ((((1.6059043837e-10f * z - 2.5052108385e-8f) * z + 2.7557319224e-6f) * z - 1.9841269841e-4f) * z
                + 8.3333333333e-3f) * z - 1.6666666667e-1f;
     return x + x * z * p;
-}
-
-/* e^x for x in [-87, 0]; Cephes. */
-INLINE float exp_of(float x) {
-    float whole = rintf(x * 1.44269504088896341f);
-    float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
-               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
-    union { int bits; float value; } power = {((int)whole + 127) << 23};
-    return (p * r * r + r + 1.0f) * power.value;
 }
 
 /* log x for finite x >= 1; Cephes. */
@@ -67,13 +67,27 @@ INLINE float log_of(float x) {
     return m + (p - 2.12194440e-4f * e - 0.5f * z) + 0.693359375f * e;
 }
 
+/* For |x| <= NEAR_TANH, fitted there: the greatest relative error of the polynomial is 2e-8. */
+static const float NEAR_TANH = 0.9f;
+INLINE float tanh_near(float x) {
+    float z = x * x;
+    float p = ((((1.3039542439e-3f * z - 6.8600425168e-3f) * z + 2.0904114399e-2f) * z - 5.3721485140e-2f) * z
+               + 1.3330359892e-1f) * z - 3.3333212176e-1f;
+    return x + x * z * p;
+}
+
+/* By e^-2x - 1, which keeps its relative precision near 0; near 1, where a gradient is taken from what the answer
+   lacks of it, as 1 less something. Cephes' polynomial for e^r. */
 INLINE float tanh_of(float x) {
-    float size = fabsf(x), z = size * size;
-    float p = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z
-              - 3.33332819422e-1f;
-    float near = size + size * z * p;
-    float e = exp_of(-2.0f * least(40.0f, size));
-    return with_sign(size < 0.625f ? near : (1.0f - e) / (1.0f + e), x);
+    float y = -2.0f * least(40.0f, fabsf(x)), whole = rintf(y * 1.44269504088896341f);
+    float r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+               + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    union { int bits; float value; } power = {((int)whole + 127) << 23};
+    float less = (p * r * r + r) * power.value + (power.value - 1.0f);
+    int is_large = less < -0.5f;
+    float ratio = (is_large ? 2.0f * (1.0f + less) : -less) / (2.0f + less);
+    return with_sign(is_large ? 1.0f - ratio : ratio, x);
 }
 
 /* For |x| < 1. */
@@ -85,12 +99,20 @@ INLINE float atanh_of(float x) {
     return with_sign(size < 0.3f ? size + size * p : far, x);
 }
 
-/* The response to a cosine; `steep` is 1 / 2k and `rise` 1 / tanh(pi / 4k), of the linear response 2 / pi. */
-INLINE float respond(float cosine, int operator, float guard, float steep, float rise) {
-    float c = within(cosine, guard);
-    if (operator == LINEAR) return asin_of(c) * rise;
-    if (operator == SIGMOID) return tanh_of(asin_of(c) * steep) * rise;
+/* The response to a cosine; `steep` is 1 / 2k and `rise` 1 / tanh(pi / 4k), of the linear response 2 / pi. `is_near`:
+   the cosine is known to be one that `is_far` denies, for which the short polynomials do. */
+INLINE float respond(float cosine, int operator, float guard, float steep, float rise, const int is_near) {
+    float c = is_near ? cosine : within(cosine, guard);
+    float angle = operator == COSINE ? 0.0f : is_near ? asin_near(c) : asin_of(c);
+    if (operator == LINEAR) return angle * rise;
+    if (operator == SIGMOID) return (is_near ? tanh_near(angle * steep) : tanh_of(angle * steep)) * rise;
     return c;
+}
+
+/* A NaN is far. For |c| <= 1/2 the angle is at most 1.0472 |c|. */
+INLINE int is_far(float cosine, int operator, float steep) {
+    float least_far = operator == SIGMOID ? most(1.0f / NEAR, steep * (1.0472f / NEAR_TANH)) : 1.0f / NEAR;
+    return !(fabsf(cosine) * least_far <= 1.0f);
 }
 
 typedef struct { float slope, cosine, rise, angle; } Slope;
@@ -125,6 +147,24 @@ typedef struct {
     int channels_last, threads;
 } Window;
 
+/* out[s] = scale / sqrt(energy[s] + eps). A square root and a division take the time of a dozen other operations. */
+INLINE void inverse_roots(const float *energy, float *out, long count, float eps, float scale) {
+#ifdef __AVX512F__
+    const __m512 half = _mm512_set1_ps(-0.5f), more = _mm512_set1_ps(1.5f), scales = _mm512_set1_ps(scale);
+    for (long s = 0; s < count; s += 16) {
+        __mmask16 taken = count - s < 16 ? (__mmask16)((1u << (count - s)) - 1) : (__mmask16)0xffff;
+        __m512 e = _mm512_add_ps(_mm512_maskz_loadu_ps(taken, energy + s), _mm512_set1_ps(eps));
+        e = _mm512_min_ps(_mm512_set1_ps(FLT_MAX), e); /* the second if one is NaN */
+        __m512 y = _mm512_rsqrt14_ps(e);
+        y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
+        _mm512_mask_storeu_ps(out + s, taken, _mm512_mul_ps(y, scales));
+    }
+#else
+#pragma omp simd
+    for (long s = 0; s < count; s++) out[s] = scale / sqrtf(energy[s] + eps);
+#endif
+}
+
 /* energy[s] += sum over channels of x^2, for `count` positions, eight channels at a time. */
 INLINE void add_squares(const float *x, long channels, long stride, long count, float *restrict energy) {
     long c = 0;
@@ -144,6 +184,17 @@ INLINE void add_squares(const float *x, long channels, long stride, long count, 
 #pragma omp simd
         for (long s = 0; s < count; s++) energy[s] += r[s] * r[s];
     }
+}
+
+/* As add_squares, for maps too small to fill a vector: MAPS channels are taken as one, then added up. */
+enum { MAPS = 16 };
+INLINE void add_squares_of_few(const float *x, long channels, long count, float *restrict energy) {
+    float wide[MAPS * FEW] = {0};
+    long together = channels / MAPS;
+    add_squares(x, together, MAPS * count, MAPS * count, wide);
+    for (long m = 0; m < MAPS; m++)
+        for (long s = 0; s < count; s++) energy[s] += wide[m * count + s];
+    add_squares(x + together * MAPS * count, channels - together * MAPS, count, count, energy);
 }
 
 INLINE float squares_of_row(const float *x, long channels) {
@@ -257,8 +308,7 @@ static int depthwise_inverse_norm(const float *x, float *inverse, const Window *
             float *out = inverse + task * row;
             rows_of_sums(x + n * pixels * w->channels, columns, out, w, p, w->height, w->width, w->out_width, w->padding,
                          w->stride, 1);
-#pragma omp simd
-            for (long i = 0; i < row; i++) out[i] = scale / sqrtf(out[i] + eps);
+            inverse_roots(out, out, row, eps, scale);
         }
         free(columns);
     }
@@ -320,9 +370,64 @@ static int depthwise_subtract_along(float *by_x, const float *x, const float *al
     return failed;
 }
 
+/* Which neighbours a pixel has. */
+enum { ABOVE = 1, BELOW = 2, LEFT = 4, RIGHT = 8 };
+
+/* Depthwise, 3x3, stride 1, padding 1, on planes: as many maps at once as make long loops, which run over rows and
+   maps; what lies beyond a pixel's map is left out by its flags. */
+static int three_by_three_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    long height = w->height, width = w->width, pixels = height * width, maps = w->images * w->groups;
+    long together = pixels < 1024 ? 1024 / pixels : 1, tasks = (maps + together - 1) / together;
+    unsigned char *flags = malloc(together * pixels);
+    if (flags == NULL) return 1;
+    for (long s = 0; s < together * pixels; s++) {
+        long h = s / width % height, c = s % width;
+        flags[s] = (h > 0) * ABOVE | (h < height - 1) * BELOW | (c > 0) * LEFT | (c < width - 1) * RIGHT;
+    }
+    int failed = 0;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        long size = together * pixels;
+        float *room = calloc(2 * size + 2 * width + 2, sizeof(float)); /* beyond both ends of each there are zeros */
+        float *squares = room + width, *columns = room + size + 2 * width + 1;
+        failed |= room == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            if (room == NULL) continue;
+            const float *from = x + task * size;
+            long count = maps - task * together < together ? (maps - task * together) * pixels : size;
+#pragma omp simd
+            for (long s = 0; s < count; s++) squares[s] = from[s] * from[s];
+#pragma omp simd
+            for (long s = 0; s < count; s++) {
+                float above = squares[s - width], below = squares[s + width];
+                columns[s] = squares[s] + (flags[s] & ABOVE ? above : 0.0f) + (flags[s] & BELOW ? below : 0.0f);
+            }
+            float *out = inverse + task * size;
+#pragma omp simd
+            for (long s = 0; s < count; s++) {
+                float left = columns[s - 1], right = columns[s + 1];
+                out[s] = columns[s] + (flags[s] & LEFT ? left : 0.0f) + (flags[s] & RIGHT ? right : 0.0f);
+            }
+            inverse_roots(out, out, count, eps, scale);
+        }
+        free(room);
+    }
+    free(flags);
+    return failed;
+}
+
+static int is_three_by_three(const Window *w) {
+    int is_it = w->groups == w->channels && w->groups > 1 && !w->channels_last;
+    for (int axis = 0; axis < 2; axis++)
+        is_it = is_it && w->window[axis] == 3 && w->stride[axis] == 1 && w->padding[axis] == 1 && w->dilation[axis] == 1;
+    return is_it;
+}
+
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
     if (w->channels_last && w->groups > 1) return depthwise_inverse_norm(x, inverse, w, eps, scale);
+    if (is_three_by_three(w)) return three_by_three_inverse_norm(x, inverse, w, eps, scale);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];
@@ -354,20 +459,19 @@ int patch_inverse_norm(const float *x, float *inverse, const Window *w, float ep
             } else {
                 memset(energy, 0, pixels * sizeof(float));
                 const float *start = x + (n * w->channels + g * channels) * pixels;
-                for (long s = 0; s < pixels; s += TILE)
+                if (pixels < FEW) add_squares_of_few(start, channels, pixels, energy);
+                for (long s = 0; s < pixels && pixels >= FEW; s += TILE)
                     add_squares(start + s, channels, pixels, pixels - s < TILE ? pixels - s : TILE, energy + s);
             }
             if (is_pointwise) {
-#pragma omp simd
-                for (long s = 0; s < positions; s++) out[s] = scale / sqrtf(energy[s] + eps);
+                inverse_roots(energy, out, positions, eps, scale);
                 continue;
             }
             for (long h = 0; h < w->height && channels > 1; h++)
                 memcpy(map + (h + w->padding[0]) * wide + w->padding[1], energy + h * w->width,
                        w->width * sizeof(float));
             box_sums(map, between, sums, wide, w->out_height, w->out_width, w->window, w->stride, w->dilation);
-#pragma omp simd
-            for (long s = 0; s < w->out_height * wide; s++) between[s] = scale / sqrtf(sums[s] + eps);
+            inverse_roots(sums, between, w->out_height * wide, eps, scale);
             for (long p = 0; p < w->out_height; p++)
                 memcpy(out + p * w->out_width, between + p * wide, w->out_width * sizeof(float));
         }
@@ -441,18 +545,100 @@ INLINE float finish(float response, float gain, float bias, float low, float hig
     return least(high, most(low, response * gain + bias));
 }
 
-/* One filter over some positions. */
-INLINE void forward_run(float *restrict out, float *restrict kept, const float *inverse, long count,
-                        const Elementwise *e, long o, const int operator, const int keeps) {
-    float length = at(e->length, o, 1.0f), steep = at(e->steep, o, 1.0f), rise = at(e->rise, o, 1.0f);
+/* Numbers that hold their cosines already: one filter over some positions. */
+INLINE void respond_run(float *restrict out, float *restrict kept, long count, const Elementwise *e, long o,
+                        const int operator, const int keeps, const int is_near) {
+    float steep = at(e->steep, o, 1.0f), rise = at(e->rise, o, 1.0f);
     float gain = at(e->gain, o, 1.0f), bias = at(e->bias, o, 0.0f);
     float guard = e->guard, low = e->low, high = e->high;
 #pragma omp simd
     for (long s = 0; s < count; s++) {
-        float r = respond(out[s] * inverse[s] * length, operator, guard, steep, rise);
+        float r = respond(out[s], operator, guard, steep, rise, is_near);
         if (keeps) kept[s] = r;
         out[s] = finish(r, gain, bias, low, high);
     }
+}
+
+/* One filter over some positions. Most cosines are small, and runs of small ones are answered by less arithmetic. */
+INLINE void forward_run(float *restrict out, float *restrict kept, const float *inverse, long count,
+                        const Elementwise *e, long o, const int operator, const int keeps) {
+    float length = at(e->length, o, 1.0f), steep = at(e->steep, o, 1.0f);
+    if (operator == COSINE) {
+        float gain = at(e->gain, o, 1.0f), bias = at(e->bias, o, 0.0f), guard = e->guard, low = e->low, high = e->high;
+#pragma omp simd
+        for (long s = 0; s < count; s++)
+            out[s] = finish(within(out[s] * inverse[s] * length, guard), gain, bias, low, high);
+        return;
+    }
+    for (long first = 0; first < count; first += RUN) {
+        float *part = out + first, *also = keeps ? kept + first : NULL;
+        const float *norms = inverse + first;
+        long some = count - first < RUN ? count - first : RUN;
+        int far = 0;
+#pragma omp simd reduction(| : far)
+        for (long s = 0; s < some; s++) {
+            float c = part[s] * norms[s] * length;
+            part[s] = c;
+            far |= is_far(c, operator, steep);
+        }
+        if (far) respond_run(part, also, some, e, o, operator, keeps, 0);
+        else respond_run(part, also, some, e, o, operator, keeps, 1);
+    }
+}
+
+/* Numbers that hold their cosines already: some filters at one position, from the o-th on. */
+INLINE void respond_row(float *restrict out, float *restrict kept, long count, const Elementwise *e, long o,
+                        const int operator, const int keeps, const int is_full, const int is_near) {
+    float guard = e->guard, low = e->low, high = e->high;
+    const float *gain = e->gain + o, *bias = e->bias + o, *steep = e->steep + o, *rise = e->rise + o;
+#pragma omp simd
+    for (long f = 0; f < count; f++) {
+        float r = respond(out[f], operator, guard, operator == SIGMOID ? steep[f] : 1.0f,
+                          operator != COSINE && is_full ? rise[f] : 1.0f, is_near);
+        if (keeps) kept[f] = r;
+        out[f] = is_full ? finish(r, gain[f], bias[f], low, high) : finish(r, 1.0f, 0.0f, low, high);
+    }
+}
+
+/* All filters at one position; depthwise: each filter has a norm of its own. */
+INLINE void forward_row(float *restrict out, float *restrict kept, const float *inverse, const Elementwise *e,
+                        const int operator, const int keeps, const int is_full, const int is_depthwise) {
+    const float *length = e->length, *gain = e->gain, *bias = e->bias, *steep = e->steep;
+    float guard = e->guard, low = e->low, high = e->high;
+    if (operator == COSINE) {
+#pragma omp simd
+        for (long o = 0; o < e->filters; o++) {
+            float c = within(out[o] * inverse[is_depthwise ? o : 0] * (is_full ? length[o] : 1.0f), guard);
+            if (keeps) kept[o] = c;
+            out[o] = is_full ? finish(c, gain[o], bias[o], low, high) : finish(c, 1.0f, 0.0f, low, high);
+        }
+        return;
+    }
+    for (long first = 0; first < e->filters; first += RUN) {
+        float *part = out + first, *also = keeps ? kept + first : NULL;
+        long some = e->filters - first < RUN ? e->filters - first : RUN;
+        int far = 0;
+#pragma omp simd reduction(| : far)
+        for (long f = 0; f < some; f++) {
+            long o = first + f;
+            float c = part[f] * inverse[is_depthwise ? o : 0] * (is_full ? length[o] : 1.0f);
+            part[f] = c;
+            far |= is_far(c, operator, operator == SIGMOID ? steep[o] : 1.0f);
+        }
+        if (far) respond_row(part, also, some, e, first, operator, keeps, is_full, 0);
+        else respond_row(part, also, some, e, first, operator, keeps, is_full, 1);
+    }
+}
+
+INLINE void forward_row_of(float *out, float *kept, const float *inverse, const Elementwise *e, const int operator) {
+    int is_full = e->length && e->gain && e->bias;
+    if (e->groups > 1) {
+        if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 1);
+        else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 1);
+        else forward_row(out, kept, inverse, e, operator, 0, 0, 1);
+    } else if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 0);
+    else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 0);
+    else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
 }
 
 static void forward_planes(float *product, float *kept, const Elementwise *e) {
@@ -475,30 +661,59 @@ static void forward_planes(float *product, float *kept, const Elementwise *e) {
     }
 }
 
-/* All filters at one position. */
-INLINE void forward_row(float *restrict out, float *restrict kept, const float *inverse, const Elementwise *e,
-                        const int operator, const int keeps, const int is_full, const int is_depthwise) {
-    float guard = e->guard, low = e->low, high = e->high;
-    const float *length = e->length, *gain = e->gain, *bias = e->bias, *steep = e->steep, *rise = e->rise;
-#pragma omp simd
-    for (long o = 0; o < e->filters; o++) {
-        float c = out[o] * inverse[is_depthwise ? o : 0] * (is_full ? length[o] : 1.0f);
-        float r = respond(c, operator, guard, operator == SIGMOID ? steep[o] : 1.0f,
-                          operator != COSINE && is_full ? rise[o] : 1.0f);
-        if (keeps) kept[o] = r;
-        out[o] = is_full ? finish(r, gain[o], bias[o], low, high) : finish(r, 1.0f, 0.0f, low, high);
-    }
+typedef struct { float *numbers; long step; } Repeated; /* `step` 0: the same numbers serve every place */
+
+/* values[o], `count` times each; where there are none, what stands for them as often as a chunk needs it. */
+static Repeated repeated(const float *values, float otherwise, long filters, long count, long chunk) {
+    long size = values ? filters * count : chunk;
+    Repeated to = {malloc(size * sizeof(float)), values != NULL};
+    for (long o = 0; to.numbers != NULL && o < size / count; o++)
+        for (long s = 0; s < count; s++) to.numbers[o * count + s] = at(values, o, otherwise);
+    return to;
 }
 
-INLINE void forward_row_of(float *out, float *kept, const float *inverse, const Elementwise *e, const int operator) {
-    int is_full = e->length && e->gain && e->bias;
-    if (e->groups > 1) {
-        if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 1);
-        else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 1);
-        else forward_row(out, kept, inverse, e, operator, 0, 0, 1);
-    } else if (kept != NULL) forward_row(out, kept, inverse, e, operator, 1, 1, 0);
-    else if (is_full) forward_row(out, kept, inverse, e, operator, 0, 1, 0);
-    else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
+/* Maps too small to fill a vector: many of them are one row, in which each number has its own norm, gain, bias.
+   Returns 0 where there is no room for that. */
+static int forward_small_planes(float *product, float *kept, const Elementwise *e) {
+    int is_depthwise = e->groups > 1 && e->groups == e->filters;
+    long outers = is_depthwise ? e->images : e->images * e->groups, count = e->positions;
+    long size = (is_depthwise ? e->filters : e->filters / e->groups) * count;
+    long chunk = size < CHUNK ? size : CHUNK / count * count;
+    const float *given[] = {e->length, e->gain, e->bias, e->steep, e->rise};
+    Repeated values[5];
+    int has_room = 1;
+    for (int i = 0; i < 5; i++) {
+        values[i] = repeated(given[i], i == 2 ? 0.0f : 1.0f, e->filters, count, chunk);
+        has_room = has_room && values[i].numbers != NULL;
+    }
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
+    for (long outer = 0; outer < outers; outer++) {
+        if (!has_room) continue;
+        float norms[CHUNK];
+        const float *inverse = e->inverse + outer * (is_depthwise ? size : count);
+        for (long first = 0; first < chunk && !is_depthwise; first += count)
+            for (long s = 0; s < count; s++) norms[first + s] = inverse[s];
+        for (long first = 0; first < size; first += chunk) {
+            long place = outer * size + first, value = (is_depthwise ? 0 : outer % e->groups * size) + first;
+            Elementwise part = *e;
+            part.filters = size - first < chunk ? size - first : chunk;
+            part.groups = part.filters; /* each number has its own norm */
+            part.length = values[0].numbers + values[0].step * value;
+            part.gain = values[1].numbers + values[1].step * value;
+            part.bias = values[2].numbers + values[2].step * value;
+            part.steep = values[3].numbers + values[3].step * value;
+            part.rise = values[4].numbers + values[4].step * value;
+            float *out = product + place, *also = kept == NULL ? NULL : kept + place;
+            const float *own = is_depthwise ? inverse + first : norms;
+            if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
+            else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
+            else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
+            else if (kept == NULL) forward_row(out, also, own, &part, SIGMOID, 0, 1, 1);
+            else forward_row(out, also, own, &part, SIGMOID, 1, 1, 1);
+        }
+    }
+    for (int i = 0; i < 5; i++) free(values[i].numbers);
+    return has_room;
 }
 
 static void forward_rows(float *product, float *kept, const Elementwise *e) {
@@ -516,7 +731,7 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
    Nothing is kept for the cosine. Rows want all of length, gain and bias, or none of them and then nothing kept. */
 void forward(float *product, float *kept, const Elementwise *e) {
     if (e->channels_last) forward_rows(product, kept, e);
-    else forward_planes(product, kept, e);
+    else if (e->positions >= FEW || e->images < 2 || !forward_small_planes(product, kept, e)) forward_planes(product, kept, e);
 }
 
 /* ---- backward ---- */

@@ -57,14 +57,6 @@ def takes(*tensors: object) -> bool:
     return saved_tensor_hooks(False) is None
 
 
-def type_of_product(x: Tensor, weight: Tensor) -> torch.dtype:
-    """What the plain convolution would compute in: autocast's type, or that of its arguments."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def patch_inverse_norm(
     x: Tensor,
     window: Sequence[int],

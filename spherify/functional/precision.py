@@ -14,6 +14,14 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def type_of_product(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What the plain convolution would compute in: autocast's type, or that of its arguments."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "meta":  # where autocast does not exist
         return contextlib.nullcontext()

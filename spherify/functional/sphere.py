@@ -19,7 +19,8 @@ from spherify.functional.cosine import (
     per_axis,
 )
 from spherify.functional.eager import SphereProduct, sphere_product_forward
-from spherify.functional.fused import takes, type_of_product
+from spherify.functional.fused import takes
+from spherify.functional.precision import type_of_product
 from spherify.functional.responses import RESPONSES, checked_k, response_named
 
 Size = int | Sequence[int]
