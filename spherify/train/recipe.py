@@ -123,7 +123,6 @@ class Recipe:
         """What may be wrong, and what to say of it."""
         shares = ("reprob", "mixup_prob", "mixup_switch_prob", "vflip", "smoothing", "model_ema_decay", "distill")
         positive = ("epochs", "steps", "batch_size", "grad_accum_steps", "lr", "img_size", "clip_grad")
-        positive = (*positive, "distill_temperature")
         weights = ("weight_decay", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "orthogonality", "energy")
         return [
             ((self.epochs is None) == (self.steps is None), "give epochs or steps, and not both"),
@@ -144,6 +143,7 @@ class Recipe:
             (len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1], "ratio must be two rising numbers"),
             (any(place <= 0 for place in self.decay_milestones), "decay_milestones must be above 0"),
             (self.anneal not in ANNEALINGS, f"anneal must be one of: {', '.join(ANNEALINGS)}"),
+            (not self.distill_temperature > 0, "distill_temperature must be above 0"),
             (not 0 < self.anneal_until < 1, "anneal_until must be between 0 and 1"),
             (self.anneal != "none" and self.torchcompile, "anneal and torchcompile exclude each other"),
             (self.mixes and self.images_a_step % 2 != 0, "mixup and cutmix need an even batch_size"),
