@@ -10,6 +10,7 @@ from training_samples import CLASSES, QUIET, angular_net, are_equal, batches, da
 from spherify.calibrate.anneal import Annealing, divergence_at
 from spherify.convert import spherify
 from spherify.errors import FileError, OptionError
+from spherify.export.folder import save
 from spherify.models.resolve import resolve
 from spherify.train.begin import begin
 from spherify.train.conduct import Conduct
@@ -144,6 +145,18 @@ def test_the_command_rebuilds_the_donor_from_its_weights(tmp_path):
     start = begin("test_resnet", data_set(), chosen, options(), False, tmp_path / "trained.pth")
     assert are_equal(weights(start.donor), weights(trained))
     assert begin("test_resnet", data_set(), recipe(), options(), False, tmp_path / "trained.pth").donor is None
+
+
+def test_a_folder_is_distilled_from_the_weights_it_was_converted_from(tmp_path):
+    torch.manual_seed(5)
+    trained = timm.create_model("test_resnet", num_classes=3).eval()
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    save(spherify("test_resnet", num_classes=3, checkpoint=tmp_path / "trained.pth"), tmp_path / "converted")
+    chosen = recipe(distill=0.5, img_size=32)
+    start = begin(str(tmp_path / "converted"), data_set(), chosen, options(), False, tmp_path / "trained.pth")
+    assert are_equal(weights(start.donor), weights(trained))
+    with pytest.raises(OptionError, match="pretrained or checkpoint goes with a model's name"):
+        begin(str(tmp_path / "converted"), data_set(), recipe(), options(), False, tmp_path / "trained.pth")
 
 
 def test_a_donor_that_cannot_be_had_is_refused(tmp_path):
