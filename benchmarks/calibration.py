@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
+import torchvision
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.cifar_resnet import Block, CifarResNet
-from spherify.calibrate.anneal import Annealing
 from spherify.calibrate.calibrate import calibrate
+from spherify.calibrate.statistics import average_norms_
 from spherify.convert import spherify
 from spherify.data.sources import open_data
 from spherify.models.checkpoint import load_checkpoint_
@@ -104,51 +104,32 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"taken back: {', '.join(report.kept)}\n{report.sensitivity}", flush=True)
 
 
-def finetune(arguments: argparse.Namespace) -> None:
-    """CIFAR ResNet-20 on the JPEG images: the same steps of SGD from four starts."""
-    images, labels = cifar("train", "cifar10-jpegpack.npz")
-    test = tuple(part[:2000] for part in cifar("test", "cifar10-jpegpack.npz"))
-    donor = CifarResNet(20).eval()
-    load_checkpoint_(donor, DATA / "cifar10" / CIFAR_FILES[20])
-    print(f"donor {top1(donor, *test):.2f}", flush=True)
-    for start in arguments.starts:
-        torch.manual_seed(0)
-        model = spherify(CifarResNet(20) if start == "scratch" else donor, example_input=images[:2])
-        if start in ("statistics", "transplant"):
-            calibrate(model, images[:1000], start, donor=donor)
-        first = top1(model, *test)
-        train(model, images, labels, arguments.steps, 0.1 if start == "scratch" else 0.02, start)
-        print(f"{start}: {first:.2f} -> {top1(model, *test):.2f} after {arguments.steps} steps", flush=True)
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float, start: str) -> None:
-    optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    order = torch.randperm(len(images))
-    model.train()
-
-    def step(number: int) -> None:
-        chosen = order[torch.arange(number * 128, number * 128 + 128) % len(order)]
-        batch = images[chosen]
-        batch = batch.flip(3) if number % 2 else batch
-        optimiser.zero_grad()
-        F.cross_entropy(model(batch), labels[chosen]).backward()
-        optimiser.step()
-        falling.step()
-
-    if start in ("annealed", "progressive"):
-        with Annealing(model, schedule="together" if start == "annealed" else "progressive") as annealing:
-            for number in range(steps):
-                annealing.on_step(number, steps)
-                step(number)
-    else:
-        for number in range(steps):
-            step(number)
+def resnet50(arguments: argparse.Namespace) -> None:
+    """Time and memory of a ResNet-50 at 224 pixels: random weights, BatchNorm statistics of the images."""
+    images = imagenet(224)[0][: min(arguments.images, 256)]
+    torch.manual_seed(0)
+    donor = torchvision.models.resnet50(weights=None)
+    average_norms_(donor, list(images[:64].split(16)))
+    model = spherify(donor.eval(), operator=arguments.operator, k=arguments.k, example_input=images[:2])
+    at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    started, busy = time.perf_counter(), time.process_time()
+    report = calibrate(model, images, arguments.method, donor=donor, output_solves=arguments.output_solves)
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    assert report.logits is not None
+    print(
+        f"resnet50 {arguments.operator} {arguments.method}, {len(images)} images at 224 pixels: {seconds:.0f} s, "
+        f"{busy:.0f} s of CPU time, {peak:.1f} GB ({at_start:.1f} before); error of the outputs "
+        f"{100 * report.logits.error_before:.0f} % -> {100 * report.logits.error:.0f} %",
+        *report.notes,
+        sep="\n",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", choices=["cifar", "mobilenet", "finetune"])
+    parser.add_argument("network", choices=["cifar", "mobilenet", "resnet50"])
     parser.add_argument("--depth", type=int, default=20, choices=CIFAR_FILES)
     parser.add_argument("--width", type=float, default=0.25, choices=MOBILENETS)
     parser.add_argument("--operator", default="cosine")
@@ -162,11 +143,9 @@ def main() -> None:
     parser.add_argument("--mixes", action="store_true", help="solve for mixes of two images")
     parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--starts", nargs="*", default=["scratch", "statistics", "transplant", "annealed"])
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    finetune(arguments) if arguments.network == "finetune" else measure(arguments)
+    resnet50(arguments) if arguments.network == "resnet50" else measure(arguments)
 
 
 if __name__ == "__main__":

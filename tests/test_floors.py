@@ -14,7 +14,8 @@ FLOORS = [  # from the ground up; rooms on one floor do not know each other
     {"plan", "regularizers", "parameter_groups"},
     {"rewrite"},
     {"convert", "export"},
-    {"train", "calibrate"},  # they convert before, and save after
+    {"calibrate"},  # converts before, and saves after
+    {"train"},  # may anneal what calibrate knows how to
     {"experiments", "report", "bench"},
     {"cli"},
 ]

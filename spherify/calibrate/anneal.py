@@ -166,8 +166,17 @@ def distillation(donor: nn.Module, *, temperature: float = 2.0) -> Callable[[Ten
 
     def loss(outputs: Tensor, inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = (donor(inputs) / temperature).log_softmax(-1)
-        mine = (outputs / temperature).log_softmax(-1)
-        return temperature**2 * F.kl_div(mine, wanted, reduction="batchmean", log_target=True)
+            wanted = donor(inputs)
+        return divergence_at(temperature, outputs, wanted)
 
     return loss
+
+
+def divergence_at(temperature: float, outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of class probabilities (N, M) from those wanted, times the squared temperature.
+
+    So that its gradient keeps its size; in float32 or wider.
+    """
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    mine, theirs = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (outputs, wanted))
+    return temperature**2 * F.kl_div(mine, theirs, reduction="batchmean", log_target=True)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spherify.calibrate.distil import Schedule
 from spherify.calibrate.donor import donor_of, has_gains
 from spherify.calibrate.images import collected, is_large
 from spherify.calibrate.keep import become_, check_keep_worst, converted_without
 from spherify.calibrate.pair import Pair
-from spherify.calibrate.reconstruct import Schedule, reconstruct_
+from spherify.calibrate.reconstruct import reconstruct_
 from spherify.calibrate.replay import departure
 from spherify.calibrate.report import LayerFit, Report, compared, layer_fits
 from spherify.calibrate.sensitivity import measured
@@ -26,7 +27,6 @@ from spherify.calibrate.transplant import Settings, transplant_
 from spherify.errors import ModelError, OptionError
 from spherify.rewrite.apply import is_untouched
 
-BATCH_TO_OPTIMISE = 25
 BATCHES_TO_SOLVE = 3  # that a batch is cut into, since slopes for each image take memory
 FEW_IMAGES = 100
 METHODS = ("statistics", "transplant", "reconstruct")
@@ -55,7 +55,8 @@ def calibrate(
       without a BatchNorm has the donor's mean and spread. Needs no donor where BatchNorms follow all layers.
     - ``transplant``: layer by layer the filters whose angular answers are nearest to the donor's, by least squares;
       then a few linear solves of the network's outputs over all layers at once.
-    - ``reconstruct``: the transplant, then a short optimisation block by block.
+    - ``reconstruct``: the transplant, then a short training on what the donor makes of these images, mirrored, shifted
+      and mixed anew each time: its answers and the outputs of its blocks.
 
     Every module's mode and flags are as before afterwards; on an error the weights are too.
 
@@ -173,8 +174,7 @@ def carry_out(
         )
         solved = solve_outputs_(Pair(model, donor, batches, half=False), solves, progress)
     if method == "reconstruct":
-        batches = [batch for part in parts for batch in part.split(BATCH_TO_OPTIMISE)]
-        reconstruct_(Pair(model, donor, batches, half=is_large(parts)), Schedule(seed=settings.seed), progress)
+        reconstruct_(model, donor, parts, Schedule(seed=settings.seed), progress)
     return solved
 
 

@@ -62,6 +62,10 @@ KINDS: dict[str, tuple[Any, str]] = {  # name: type, help; the names are the fie
     "orthogonality": (float, "Weight of the penalty on filters that are not orthogonal."),
     "energy": (float, "Weight of the penalty on filters that lie close (hyperspherical energy)."),
     "margin_schedule": (str, "How the margin of a margin head grows."),
+    "anneal": (str, "From plain to angular layers during training: together, progressive, none."),
+    "anneal_until": (float, "Share of the steps after which every layer is angular."),
+    "distill": (float, "Share of the loss that draws to the donor's class probabilities."),
+    "distill_temperature": (float, "Of those probabilities."),
 }
 
 

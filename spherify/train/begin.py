@@ -23,6 +23,7 @@ from spherify.plan.options import Options
 from spherify.train.checkpoint import CHECKPOINTS, has_checkpoint
 from spherify.train.classifier import classes_of, fit_classifier
 from spherify.train.conduct import Conduct, Fitted
+from spherify.train.distill import donor_for
 from spherify.train.fit import fit
 from spherify.train.history import LOG
 from spherify.train.loaders import loaders_for
@@ -47,6 +48,7 @@ class Beginning:
         source: how a plain model is built; None for a converted one.
         from_scratch: it has no trained weights yet.
         folder: where it was loaded from, or None.
+        donor: the plain network to distil from, or None.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Beginning:
     source: Source | None
     from_scratch: bool
     folder: Path | None = None
+    donor: nn.Module | None = None
 
 
 def train(
@@ -78,7 +81,7 @@ def train(
         model: a name, or a folder that ``spherify`` or a run wrote.
         data: as for ``open_data``.
         options: fields of ``spherify.Options``; ``operator="none"`` trains the plain twin.
-        pretrained, checkpoint: weights to begin with, for a name.
+        pretrained, checkpoint: weights to begin with, for a name; those of the donor, where the recipe distils.
         output: the folder of the run.
         resume, conduct, on_step: as for ``fit``.
         workers: processes that read images.
@@ -120,6 +123,7 @@ def train(
         on_step=on_step,
         conduct=conduct,
         accelerator=accelerator,
+        donor=start.donor,
     )
     if accelerator.is_main_process and fitted.stopped_by is None:
         write_model(fitted.model, start.source, how, output)
@@ -138,20 +142,31 @@ def begin(
     checkpoint: str | Path | None,
 ) -> Beginning:
     """A name is built and converted, a folder is loaded; either way for the classes of the data."""
+
+    def donor_of(source: Source | None) -> nn.Module | None:
+        if not recipe.distill:
+            return None
+        classes, seed = data.num_classes, recipe.seed
+        return donor_for(source, pretrained=pretrained, checkpoint=checkpoint, classes=classes, seed=seed)
+
     if Path(model).is_dir():
-        return begin_from_folder(Path(model), data, options, pretrained or checkpoint is not None)
+        has_weights = (pretrained or checkpoint is not None) and not recipe.distill
+        start = begin_from_folder(Path(model), data, options, has_weights)
+        return replace(start, donor=donor_of(start.source or start.model.__dict__.get(SOURCE)))
     chosen = {**options, "num_classes": options.get("num_classes") or data.num_classes}
     arguments = builder_arguments(recipe, chosen["num_classes"])
     is_trained = pretrained or checkpoint is not None
     plain, source = build_with(model, arguments, pretrained, checkpoint, recipe.seed, chosen["num_classes"])
     check_classes(data, classes_of(plain) or data.num_classes, source.label)
+    donor = donor_of(source)
     if chosen["operator"] == NO_OPERATOR:
-        return Beginning(model=plain, label=f"{source.label} (plain)", source=source, from_scratch=not is_trained)
+        label = f"{source.label} (plain)"
+        return Beginning(model=plain, label=label, source=source, from_scratch=not is_trained, donor=donor)
     del chosen["num_classes"]
     converted = plan(plain, **chosen).apply(inplace=True)
     setattr(converted, SOURCE, source)
     label = f"{source.label} on angles ({chosen['operator']})"
-    return Beginning(model=converted, label=label, source=None, from_scratch=not is_trained)
+    return Beginning(model=converted, label=label, source=None, from_scratch=not is_trained, donor=donor)
 
 
 def begin_from_folder(folder: Path, data: DataSet, options: Mapping[str, Any], has_weights: bool) -> Beginning:

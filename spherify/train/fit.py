@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from spherify.calibrate.anneal import Annealing
 from spherify.errors import OptionError, SpherifyError
 from spherify.train.checkpoint import Checkpoint, has_checkpoint, newest_checkpoint, read_checkpoint
 from spherify.train.conduct import Conduct, Fitted
@@ -30,6 +31,7 @@ def fit(
     on_step: Sequence[Callable[[int, int], None]] = (),
     conduct: Conduct | None = None,
     accelerator: Any = None,
+    donor: nn.Module | None = None,
 ) -> Fitted:
     """Train a model in place.
 
@@ -45,6 +47,7 @@ def fit(
             ``see(inputs)`` before each forward.
         on_step: each is called as ``f(step, total)`` before each step, step counting from 0.
         accelerator: your own ``accelerate.Accelerator``, instead of one made by the recipe.
+        donor: the plain network whose class probabilities are wanted, for ``Recipe.distill``; it stays as it is.
 
     Returns:
         The trained model, the log, and why the run ended.
@@ -55,6 +58,8 @@ def fit(
         FileError: the disk refused, or images cannot be read.
     """
     recipe = resolved(recipe)
+    if recipe.distill and donor is None:
+        raise OptionError("distill needs the donor; give fit(..., donor=...), the network before its conversion.")
     loaders = loaders if isinstance(loaders, Loaders) else Loaders(train=loaders[0], test=loaders[1])
     conduct = conduct or Conduct()
     folder = Path(output) if output is not None else None
@@ -64,15 +69,24 @@ def fit(
         model.train()
     with with_synchronised_norms(model) if recipe.sync_bn else nullcontext():
         batches = length_of(loaders.train, recipe)
-        run = start_run(model, recipe, batches, accelerator, objective, len(loaders.classes))
+        run = start_run(model, recipe, batches, accelerator, objective, len(loaders.classes), donor)
+        annealing = annealing_of(model, recipe)
         if checkpoint is not None:
             notes += run.set_up_again(checkpoint, accelerator.process_index)
             notes.append(f"Going on from step {run.step} of {run.total}.")
+        if annealing is not None:
+            annealing.on_step(max(run.step - 1, 0), run.total)  # a test may come before the next step
+            on_step = (*on_step, annealing.on_step)
         rows = checkpoint.state["rows"] if checkpoint is not None else []
         try:
-            return Loop(run, loaders, conduct, folder, on_step, rows, notes).to_the_end()
+            with nullcontext() if annealing is None else annealing:
+                return Loop(run, loaders, conduct, folder, on_step, rows, notes).to_the_end()
         finally:
             released(run)
+
+
+def annealing_of(model: nn.Module, recipe: Recipe) -> Annealing | None:
+    return None if recipe.anneal == "none" else Annealing(model, schedule=recipe.anneal, until=recipe.anneal_until)
 
 
 def checkpoint_to_resume(folder: Path | None, resume: str | Path | None) -> tuple[Checkpoint | None, list[str]]:

@@ -13,6 +13,7 @@ from spherify.errors import FileError, OptionError
 
 AMP_DTYPES = ("bfloat16", "float16")
 CROPS = ("rrc", "rkrc", "rkrr", "pad", "none")  # the first three are timm's
+ANNEALINGS = ("none", "together", "progressive")
 PAD = 4  # pixels on each side, as the authors of the paper pad CIFAR
 
 
@@ -48,6 +49,10 @@ class Recipe:
         sync_bn: BatchNorm statistics over all processes.
         orthogonality, energy: weights of the penalties on filters that are not orthogonal, or lie close.
         margin_schedule: how the margin of a margin head grows.
+        anneal: together, progressive: converted layers begin as the plain ones they were made from, and turn into
+            angular ones, all at once or one after the other, over the share ``anneal_until`` of the steps; none.
+        distill: share of the loss that is the divergence from the donor's class probabilities, from 0 to 1, at
+            ``distill_temperature``.
 
     Raises:
         OptionError: a value is out of range.
@@ -104,6 +109,10 @@ class Recipe:
     orthogonality: float = 0.0
     energy: float = 0.0
     margin_schedule: str = "none"
+    anneal: str = "none"
+    anneal_until: float = 0.7
+    distill: float = 0.0
+    distill_temperature: float = 2.0
 
     def __post_init__(self) -> None:
         problems = [text for is_wrong, text in self.rules() if is_wrong]
@@ -112,7 +121,7 @@ class Recipe:
 
     def rules(self) -> list[tuple[bool, str]]:
         """What may be wrong, and what to say of it."""
-        shares = ("reprob", "mixup_prob", "mixup_switch_prob", "vflip", "smoothing", "model_ema_decay")
+        shares = ("reprob", "mixup_prob", "mixup_switch_prob", "vflip", "smoothing", "model_ema_decay", "distill")
         positive = ("epochs", "steps", "batch_size", "grad_accum_steps", "lr", "img_size", "clip_grad")
         weights = ("weight_decay", "warmup_epochs", "cooldown_epochs", "mixup", "cutmix", "orthogonality", "energy")
         return [
@@ -133,6 +142,10 @@ class Recipe:
             ),
             (len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1], "ratio must be two rising numbers"),
             (any(place <= 0 for place in self.decay_milestones), "decay_milestones must be above 0"),
+            (self.anneal not in ANNEALINGS, f"anneal must be one of: {', '.join(ANNEALINGS)}"),
+            (not self.distill_temperature > 0, "distill_temperature must be above 0"),
+            (not 0 < self.anneal_until < 1, "anneal_until must be between 0 and 1"),
+            (self.anneal != "none" and self.torchcompile, "anneal and torchcompile exclude each other"),
             (self.mixes and self.images_a_step % 2 != 0, "mixup and cutmix need an even batch_size"),
         ]
 

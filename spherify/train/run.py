@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spherify.errors import FileError, OptionError, SpherifyError
 from spherify.train.checkpoint import Checkpoint
+from spherify.train.distill import Distilled
 from spherify.train.objective import objective_for, penalty_for
 from spherify.train.optimizer import optimizer_for, scheduler_for
 from spherify.train.random_state import set_again, start_from
@@ -135,7 +136,13 @@ def check_same_recipe(recipe: Recipe, before: dict[str, Any]) -> None:
 
 
 def start_run(
-    model: nn.Module, recipe: Recipe, batches_an_epoch: int, accelerator: Any, objective: nn.Module | None, classes: int
+    model: nn.Module,
+    recipe: Recipe,
+    batches_an_epoch: int,
+    accelerator: Any,
+    objective: nn.Module | None,
+    classes: int,
+    donor: nn.Module | None = None,
 ) -> Run:
     """Make optimiser, schedule, average and objective for a model, and wrap it for this machine.
 
@@ -149,7 +156,10 @@ def start_run(
         model.to(memory_format=torch.channels_last)
     model.to(accelerator.device)
     average = average_of(model, recipe)
-    objective = (objective_for(model, recipe) if objective is None else objective).to(accelerator.device)
+    objective = objective_for(model, recipe) if objective is None else objective
+    if recipe.distill and donor is not None:
+        objective = Distilled(objective, donor, share=recipe.distill, temperature=recipe.distill_temperature)
+    objective = objective.to(accelerator.device)
     optimizer = optimizer_for(model, recipe)
     scheduler = scheduler_for(optimizer, recipe, updates, total)
     own_forward = {name: value for name, value in vars(model).items() if "forward" in name}

@@ -43,6 +43,8 @@ def test_every_value_can_be_replaced():
         value = (0.5, 0.9) if isinstance(before, tuple) else other.get(type(before), 1)
         if name in ("opt", "sched", "remode", "mixup_mode", "margin_schedule"):
             value = "other"
+        if name == "anneal":
+            value = "progressive"
         if name == "aa":
             value = "rand-m9"
         assert getattr(resolved("fast", **{name: value}), name) == value

@@ -201,6 +201,8 @@ def test_experiments_are_subfolders(run):
         (["--num-classes", "7"], 2, "timm:test_resnet answers for 7 classes and digits has 10"),
         (["--margin-schedule", "warmup"], 2, "without a margin to schedule"),
         (["--log-interval", "0"], 2, "log_interval=0 must be above 0"),
+        (["--anneal", "slowly"], 2, "anneal must be one of: none, together, progressive"),
+        (["--distill", "0.5"], 2, "distill needs the donor's weights; give --checkpoint FILE or --pretrained"),
         (["--resume", "nowhere"], 2, "nowhere is no checkpoint"),
     ],
 )
