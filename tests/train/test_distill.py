@@ -129,7 +129,7 @@ def test_what_does_not_go_together_is_refused():
     wide = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
     with pytest.raises(OptionError, match="the donor answers for 5 classes and the model for 3"):
         fit(net(), (batches(), None), recipe(distill=0.5), conduct=QUIET, donor=wide)
-    with pytest.raises(OptionError, match="no converted conv or linear layer to anneal"):
+    with pytest.raises(OptionError, match="no converted layer to anneal"):
         fit(net(), (batches(), None), recipe(anneal="together"), conduct=QUIET)
 
 
