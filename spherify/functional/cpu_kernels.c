@@ -3,7 +3,7 @@
    Compiled on first use and called by cpu_kernels.py. A tensor (N, O, S) lies either with its positions innermost
    ("planes": strides O S, S, 1) or with its filters innermost ("rows": linear layers and channels-last maps, with
    one group or depthwise, strides S O, 1, O). Loops over the innermost dimension are written for the compiler to vectorise; no
-   -ffast-math, so that a NaN stays one. Sums over many numbers end in double. */
+   -ffast-math, so that a NaN stays one. Sums over many numbers end in double. One loop is written for AVX-512 besides. */
 
 #include <float.h>
 #include <math.h>
@@ -154,10 +154,10 @@ INLINE void inverse_roots(const float *energy, float *out, long count, float eps
     for (long s = 0; s < count; s += 16) {
         __mmask16 taken = count - s < 16 ? (__mmask16)((1u << (count - s)) - 1) : (__mmask16)0xffff;
         __m512 e = _mm512_add_ps(_mm512_maskz_loadu_ps(taken, energy + s), _mm512_set1_ps(eps));
-        e = _mm512_min_ps(_mm512_set1_ps(FLT_MAX), e); /* the second if one is NaN */
+        __mmask16 is_finite = _mm512_cmp_ps_mask(e, _mm512_set1_ps(FLT_MAX), _CMP_NGT_UQ); /* or NaN */
         __m512 y = _mm512_rsqrt14_ps(e);
         y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
-        _mm512_mask_storeu_ps(out + s, taken, _mm512_mul_ps(y, scales));
+        _mm512_mask_storeu_ps(out + s, taken, _mm512_maskz_mul_ps(is_finite, y, scales));
     }
 #else
 #pragma omp simd
@@ -377,13 +377,15 @@ enum { ABOVE = 1, BELOW = 2, LEFT = 4, RIGHT = 8 };
    maps; what lies beyond a pixel's map is left out by its flags. */
 static int three_by_three_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
     long height = w->height, width = w->width, pixels = height * width, maps = w->images * w->groups;
-    long together = pixels < 1024 ? 1024 / pixels : 1, tasks = (maps + together - 1) / together;
+    long together = pixels < CHUNK ? CHUNK / pixels : 1;
+    if (together > maps) together = maps;
+    long tasks = (maps + together - 1) / together;
     unsigned char *flags = malloc(together * pixels);
     if (flags == NULL) return 1;
-    for (long s = 0; s < together * pixels; s++) {
-        long h = s / width % height, c = s % width;
-        flags[s] = (h > 0) * ABOVE | (h < height - 1) * BELOW | (c > 0) * LEFT | (c < width - 1) * RIGHT;
-    }
+    for (long h = 0; h < height; h++)
+        for (long c = 0; c < width; c++)
+            flags[h * width + c] = (h > 0) * ABOVE | (h < height - 1) * BELOW | (c > 0) * LEFT | (c < width - 1) * RIGHT;
+    for (long map = 1; map < together; map++) memcpy(flags + map * pixels, flags, pixels);
     int failed = 0;
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
