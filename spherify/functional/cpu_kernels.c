@@ -267,30 +267,50 @@ INLINE void box_sums(const float *map, float *between, float *to, long wide, lon
             window_sums(between + p * wide, to + p * wide, out_width, window[1], gap[1], step[1]);
 }
 
+/* to[i] = sum over `many` rows, `apart` from each other, of from[i] (squares: of its square), for `count` i. */
+INLINE void sum_rows(const float *from, long many, long apart, float *restrict to, long count, const int squares) {
+#define TAKEN(u) (squares ? r[(u) * apart + i] * r[(u) * apart + i] : r[(u) * apart + i])
+    if (many <= 0) memset(to, 0, count * sizeof(float));
+    for (long u = 0; u < many;) {
+        const float *r = from + u * apart;
+        int is_first = u == 0;
+        if (many - u >= 4) {
+#pragma omp simd
+            for (long i = 0; i < count; i++)
+                to[i] = (is_first ? 0.0f : to[i]) + ((TAKEN(0) + TAKEN(1)) + (TAKEN(2) + TAKEN(3)));
+            u += 4;
+        } else if (many - u == 3) {
+#pragma omp simd
+            for (long i = 0; i < count; i++) to[i] = (is_first ? 0.0f : to[i]) + (TAKEN(0) + TAKEN(1) + TAKEN(2));
+            u += 3;
+        } else {
+#pragma omp simd
+            for (long i = 0; i < count; i++) to[i] = (is_first ? 0.0f : to[i]) + TAKEN(0);
+            u += 1;
+        }
+    }
+#undef TAKEN
+}
+
+/* Of a window that begins at `start` and takes every `gap`-th of `size` places: the first that it takes, and how many. */
+INLINE long places(long start, long window, long gap, long size, long *first) {
+    long before = start < 0 ? (-start + gap - 1) / gap : 0, all = size > start ? (size - start + gap - 1) / gap : 0;
+    *first = start + before * gap;
+    return (all < window ? all : window) - before;
+}
+
 /* Depthwise and channels-last: a row of pixels holds width x channels numbers. Of each output row, sums over the window's
    rows are taken first, then over its columns. `from` is x to be squared, or what is to be summed as it is. */
 INLINE void rows_of_sums(const float *from, float *restrict columns, float *restrict to, const Window *w, long p,
                          long height, long width, long out_width, const long *padding, const long *step,
                          const int squares) {
-    long channels = w->channels;
-    memset(columns, 0, width * channels * sizeof(float));
-    for (long u = 0; u < w->window[0]; u++) {
-        long h = p * step[0] + u * w->dilation[0] - padding[0];
-        if (h < 0 || h >= height) continue;
-        const float *row = from + h * width * channels;
-#pragma omp simd
-        for (long i = 0; i < width * channels; i++) columns[i] += squares ? row[i] * row[i] : row[i];
+    long channels = w->channels, row = width * channels, h, column;
+    long many = places(p * step[0] - padding[0], w->window[0], w->dilation[0], height, &h);
+    sum_rows(from + h * row, many, w->dilation[0] * row, columns, row, squares);
+    for (long q = 0; q < out_width; q++) {
+        many = places(q * step[1] - padding[1], w->window[1], w->dilation[1], width, &column);
+        sum_rows(columns + column * channels, many, w->dilation[1] * channels, to + q * channels, channels, 0);
     }
-    memset(to, 0, out_width * channels * sizeof(float));
-    for (long q = 0; q < out_width; q++)
-        for (long v = 0; v < w->window[1]; v++) {
-            long column = q * step[1] + v * w->dilation[1] - padding[1];
-            if (column < 0 || column >= width) continue;
-            const float *pixel = columns + column * channels;
-            float *sum = to + q * channels;
-#pragma omp simd
-            for (long c = 0; c < channels; c++) sum[c] += pixel[c];
-        }
 }
 
 /* As patch_inverse_norm, for depthwise layers on channels-last maps; inverse lies as the output does. */
