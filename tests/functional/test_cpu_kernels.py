@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -365,6 +366,16 @@ def test_without_a_compiler_or_with_the_switch_plain_operations_stand_in(tmp_pat
     broken.chmod(0o755)
     failed = without_kernels(CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
     assert failed == f"not in use ({broken} failed: no such flag): plain operations stand in | {value}"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is of x86")
+def test_a_processor_without_avx_512_has_the_same_answer(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -mno-avx512f\n')
+    compiler.chmod(0o755)
+    here, there = without_kernels(), without_kernels(CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert there == here
+    assert there.startswith("compiled")
 
 
 def test_the_library_is_compiled_once_under_its_final_name_and_for_its_owner_alone(tmp_path):
