@@ -20,8 +20,8 @@ class NotCompiled(Exception):
     """Why there is no library."""
 
 
-def compiled(source: Path) -> ctypes.CDLL:
-    """The library of a source file, from the user's cache or compiled now.
+def compiled(source: Path, headers: tuple[Path, ...] = ()) -> ctypes.CDLL:
+    """The library of a source file, from the user's cache or compiled now. ``headers``: of our own, beside it.
 
     Raises:
         NotCompiled: there is no compiler, it failed, or what it made cannot be loaded.
@@ -29,7 +29,8 @@ def compiled(source: Path) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None or platform.system() == "Windows":
         raise NotCompiled("no C compiler (cc, gcc, clang) is on the path")
-    key = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, processor()]).encode()).hexdigest()[:20]
+    texts = [file.read_text() for file in (source, *headers)]
+    key = hashlib.sha256("\0".join([*texts, compiler, *FLAGS, processor()]).encode()).hexdigest()[:20]
     name = f"{source.stem}-{key}.so"
     try:
         return loaded(cache_folder() / name, source, compiler)

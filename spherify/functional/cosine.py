@@ -70,15 +70,10 @@ def unit_filters(weight: Tensor, *, eps: float = DEFAULT_EPS) -> tuple[Tensor, f
 class AcrossFilters(torch.autograd.Function):
     """The filters as they are; what their gradient has along a filter is taken off, as its length does not matter."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(weight: Tensor, inverse_length: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, inverse_length: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, inverse_length)
         return weight.view_as(weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -62,7 +62,9 @@ def library() -> ctypes.CDLL | None:
         WHY_NOT.append("SPHERIFY_CPU_KERNELS is 0")
         return None
     try:
-        found = compiled(Path(__file__).with_name("cpu_kernels.c"))
+        here = Path(__file__)
+        headers = (here.with_name("cpu_functions.h"), here.with_name("cpu_norms.h"))
+        found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
         WHY_NOT.append(str(error))
         return None

@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from spherify.errors import ModelError
 from spherify.functional.folded import SharedNorms, folded_conv, folded_linear
-from spherify.layers.angular import AngularLayer
+from spherify.functional.quick import QuickCalls, ready_conv, ready_linear
+from spherify.layers.angular import AngularLayer, k_from_logit
 from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv, SphereConv1d, SphereConv2d, SphereConv3d
 from spherify.layers.linear import SphereLinear
@@ -32,8 +33,10 @@ class Folded(AngularLayer):
         power: what the filters were divided by besides their length.
         shared: where the norms of an input are kept that other layers read too, or None.
         activation: relu or relu6 where the layer took it in, or None.
+        quick: how the last input was computed, for the next of its shape.
     """
 
+    quick: QuickCalls
     power: float
     shared: SharedNorms | None
     activation: str | None
@@ -46,8 +49,9 @@ class Folded(AngularLayer):
 
     @property
     def steepness(self) -> Tensor | float | None:
-        k = self.k
-        return None if k is None else 0.5 / k
+        if self.k_logit is None:
+            return None if self.fixed_k is None else 0.5 / self.fixed_k
+        return self.quick.steepness(self.k_logit, lambda logit: 0.5 / k_from_logit(logit))
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -64,6 +68,24 @@ class FoldedConv(Folded, SphereConv):
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self.padded(x)
+        weight, constants = self.weight, (self.bias, self.gain, self.steepness)
+        if (way := self.quick.way_for(x, weight, *constants)) is not None:
+            return way(x, weight, constants[0])
+        out = self.slowly(x, padding)
+        if isinstance(padding, tuple) and self.padding_mode == "zeros" and x.dim() == weight.dim():
+            window, numbers = tuple(weight.shape[2:]), (self.stride, padding, self.dilation, self.groups)
+            options: dict[str, Any] = dict(operator=self.operator, eps=self.eps, power=self.power)
+            options |= dict(shared=self.shared, activation=self.activation)
+            self.quick.remember(
+                x,
+                weight,
+                *constants,
+                groups=self.groups,
+                make=lambda: ready_conv(x, out, window=window, numbers=numbers, constants=constants, **options),
+            )
+        return out
+
+    def slowly(self, x: Tensor, padding: Any) -> Tensor:
         return folded_conv(
             x,
             self.weight,
@@ -119,18 +141,19 @@ class FoldedLinear(Folded, SphereLinear):
     """``SphereLinear`` for inference."""
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        return folded_linear(
-            x,
-            self.weight.detach(),  # an owner that calls the layer for F.linear by its very weight must not do so here
-            self.bias if bias is None else bias,
-            self.gain,
-            operator=self.operator,
-            steepness=self.steepness,
-            eps=self.eps,
-            power=self.power,
-            shared=self.shared,
-            activation=self.activation,
+        weight = (
+            self.weight.detach()
+        )  # an owner that calls the layer for F.linear by its very weight must not do so here
+        constants = (self.bias if bias is None else bias, self.gain, self.steepness)
+        if (way := self.quick.way_for(x, weight, *constants)) is not None:
+            return way(x, weight, constants[0])
+        options: dict[str, Any] = dict(operator=self.operator, eps=self.eps, power=self.power)
+        options |= dict(shared=self.shared, activation=self.activation)
+        out = folded_linear(x, weight, *constants[:2], steepness=constants[2], **options)
+        self.quick.remember(
+            x, weight, *constants, groups=1, make=lambda: ready_linear(x, out, constants=constants, **options)
         )
+        return out
 
 
 class FoldedMultiheadAttention(Folded, SphereMultiheadAttention):
@@ -244,7 +267,7 @@ def fold_angular_(
         layer.k_logit.requires_grad_(False)  # it may be tied
     layer.__class__ = target
     assert isinstance(layer, Folded)
-    layer.power, layer.shared = power, shared
+    layer.power, layer.shared, layer.quick = power, shared, QuickCalls()
     layer.activation = None if activation is None else ACTIVATIONS[type(activation)]
     layer.training = False
 

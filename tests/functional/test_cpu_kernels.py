@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -34,6 +36,11 @@ SHAPES = {  # x, weight, window
     "one pixel": ((3, 40, 1, 1), (24, 40, 1, 1), {}),
     "padding beyond the window": ((2, 4, 5, 5), (3, 4, 1, 1), dict(padding=2)),
     "many positions": ((1, 8, 60, 60), (5, 8, 3, 3), dict(padding=1)),
+    "depthwise 3x3": ((1, 2, 40, 41), (2, 1, 3, 3), dict(padding=1, groups=2)),
+    "depthwise 3x3, small maps": ((2, 130, 5, 4), (130, 1, 3, 3), dict(padding=1, groups=130)),
+    "depthwise 3x3, one row": ((3, 5, 1, 6), (5, 1, 3, 3), dict(padding=1, groups=5)),
+    "small maps in chunks": ((3, 40, 6, 6), (64, 40, 3, 3), dict(padding=1)),
+    "small maps in groups": ((2, 16, 5, 5), (32, 4, 3, 3), dict(padding=1, groups=4)),
     "many images": ((9, 16, 16, 16), (64, 16, 3, 3), dict(padding=1)),
 }
 
@@ -266,6 +273,47 @@ def test_a_nan_pixel_reaches_its_patches_and_no_others(name):
     assert torch.equal(out.isnan()[0].all(0), expected)
 
 
+@pytest.mark.parametrize("size", [7, 40])
+def test_a_nan_pixel_of_a_depthwise_layer_stays_in_its_map(size):
+    x, weight = normal(2, 30, size, size, dtype=torch.float32), normal(30, 1, 3, 3, seed=1, dtype=torch.float32)
+    x[1, 7, 3, 0] = float("nan")
+    out = sphere_conv2d(x, weight, padding=1, groups=30)
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[1, 7, 2:5, 0:2] = True
+    assert torch.equal(out.isnan(), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_norms_of_every_size_of_number_are_those_in_double(groups):
+    for size in (1e-30, 1e-4, 1.0, 1e4, 1e18):
+        x = size * normal(2, 6, 9, 9, dtype=torch.float32)
+        found = cpu_kernels.patch_inverse_norm(x, (3, 3), (1, 1), (1, 1), (1, 1), groups, 1e-4)
+        grouped = x.double().unflatten(1, (groups, -1)).square().sum(2)
+        truth = (9 * F.avg_pool2d(grouped, 3, 1, 1) + 1e-4).rsqrt()
+        assert ((found.double() - truth).abs() / truth).max() < 5e-7
+    beyond = cpu_kernels.patch_inverse_norm(torch.full_like(x, 1e30), (3, 3), (1, 1), (1, 1), (1, 1), groups, 1e-4)
+    assert torch.equal(beyond, torch.zeros_like(beyond))
+
+
+@pytest.mark.parametrize("layout", [(3, 40, 9, 9), (3, 40, 3, 3), (200, 300)], ids=str)
+@pytest.mark.parametrize("size", [0.02, 0.2, 3.0], ids=["near the equator", "mixed", "beyond the poles"])
+@pytest.mark.parametrize("k", [None, 0.02, 0.3, 20.0])
+def test_runs_of_small_and_of_large_cosines_get_the_same_response(k, size, layout):
+    cosine = size * normal(*layout, dtype=torch.float32)
+    cosine.view(-1)[17] = float("nan")
+    operator = "linear" if k is None else "sigmoid"
+    inverse = torch.ones(layout[0], 1, *layout[2:])
+    values = dict(gain=torch.full(layout[1:2], 2.0), bias=torch.ones(layout[1]), **cpu_kernels.constants(operator, k))
+    found = cosine.clone()
+    cpu_kernels.normalise_and_respond_(found, inverse, operator, values)
+    angle = torch.asin(cosine.double().clamp(-1, 1))
+    truth = angle * 2 / torch.pi if k is None else torch.tanh(angle / (2 * k)) / math.tanh(math.pi / (4 * k))
+    error = (found.double() - (2 * truth + 1)).abs()
+    assert found.isnan().sum() == 1
+    # 1 - eps stands for a pole, where asin has an infinite slope
+    assert error[~error.isnan()].max() < (3e-6 if size < 1 else 1.5e-3 * (1 if k is None else 1 / min(2 * k, 1)))
+
+
 def test_the_functions_of_one_number_are_right_over_their_whole_range():
     """asin and tanh forward, and their inverses backward, to a few units in the last place."""
     cosine = torch.linspace(-1, 1, 4001)[1:-1]  # at the ends, where asin has no slope, the kernels stop short of 1
@@ -318,6 +366,16 @@ def test_without_a_compiler_or_with_the_switch_plain_operations_stand_in(tmp_pat
     broken.chmod(0o755)
     failed = without_kernels(CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
     assert failed == f"not in use ({broken} failed: no such flag): plain operations stand in | {value}"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is of x86")
+def test_a_processor_without_avx_512_has_the_same_answer(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nexec cc "$@" -mno-avx512f\n')
+    compiler.chmod(0o755)
+    here, there = without_kernels(), without_kernels(CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert there == here
+    assert there.startswith("compiled")
 
 
 def test_the_library_is_compiled_once_under_its_final_name_and_for_its_owner_alone(tmp_path):
