@@ -24,7 +24,7 @@ HELD_OUT = 0.1  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 BATCH = 25  # images a step
 MOST_FLOATS = 400_000_000  # of all results of the student's functions for one step's images
-MOST_PRODUCTS = 1.2e13  # multiplications of the donor's and the student's runs and of the slopes, about
+MOST_PRODUCTS = 6e12  # multiplications of the donor's and the student's runs and of the slopes, about
 WARM_UP = 20  # steps
 TESTS = 10  # of held-out images, over all passes
 
