@@ -91,6 +91,7 @@ class Watched:
             world.run(0, self.steps, self.last_use)
             return [world.values[0][place] for place in self.places]
         finally:
+            world.values[0].clear()  # a cycle in World.arguments would keep it, and all slopes, until Python looks
             world.batches[0], world.values[0] = kept
 
 
