@@ -52,7 +52,7 @@ def settle_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
         if not found.count or norm.running_mean is None or norm.running_var is None:
             continue
         old = (norm.running_var + norm.eps).sqrt()
-        norm.bias += norm.weight * (found.mean - norm.running_mean) / old
-        norm.weight *= (found.variance + norm.eps).sqrt() / old
+        norm.bias.add_(norm.weight * (found.mean - norm.running_mean) / old)
+        norm.weight.mul_((found.variance + norm.eps).sqrt() / old)
         norm.running_mean.copy_(found.mean)
         norm.running_var.copy_(found.variance)
