@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from spherify.errors import OptionError
@@ -19,6 +21,8 @@ from spherify.functional.sphere import per_filter, plain_conv
 from spherify.layers.angular import AngularLayer
 from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv
+
+MOMENTUM_ON_THE_WAY = 0.5  # of BatchNorms while powers rise
 
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     # share of the training done, number of the layer, number of layers -> power
@@ -38,7 +42,9 @@ class Annealing:
                 annealing.on_step(step, total)
                 ...
 
-    The norms behind the layers follow by their own running statistics.
+    The sizes of answers change by orders of magnitude on the way, and running statistics of BatchNorms must follow. In
+    train mode their momentum is a half while powers rise; at p = 1 everywhere they begin anew with the average of the
+    batches since, until that is as long as their own momentum says.
 
     Args:
         model: what ``spherify`` returned, its weights untouched.
@@ -61,11 +67,16 @@ class Annealing:
         self.schedule, self.until = SCHEDULES[schedule], until
         self.powers = [0.0] * len(self.layers)
         self.hooks: list[Any] = []
+        norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+        self.momenta = {norm: norm.momentum for norm in norms if norm.momentum is not None}
 
     def on_step(self, step: int, total: int) -> None:
         """Set the powers for a step, counted from 0, of a training of so many steps."""
         done = step / max(1, total * self.until)
         self.powers = [self.schedule(done, number, len(self.layers)) for number in range(len(self.layers))]
+        whole = step - math.ceil(total * self.until) + 1  # batches at p = 1 everywhere, with this one
+        for norm, own in self.momenta.items() if step > 0 else ():
+            norm.momentum = max(own, MOMENTUM_ON_THE_WAY if whole < 1 else 1.0 / whole)
 
     def __enter__(self) -> Self:
         for number, layer in enumerate(self.layers):
@@ -78,6 +89,8 @@ class Annealing:
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
+        for norm, own in self.momenta.items():
+            norm.momentum = own
 
     def hook(self, number: int) -> Callable[..., Any]:
         def answer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -56,7 +56,7 @@ def calibrate(
     - ``transplant``: layer by layer the filters whose angular answers are nearest to the donor's, by least squares;
       then a few linear solves of the network's outputs over all layers at once.
     - ``reconstruct``: the transplant, then a short training on what the donor makes of these images, mirrored, shifted
-      and mixed anew each time: its answers and the outputs of its blocks.
+      and patched with one another anew each time: its answers and the outputs of its blocks.
 
     Every module's mode and flags are as before afterwards; on an error the weights are too.
 

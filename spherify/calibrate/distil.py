@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spherify.calibrate.anneal import divergence_at
 from spherify.calibrate.blocks import blocks_of
-from spherify.calibrate.fresh import mixed, moved
+from spherify.calibrate.fresh import moved, patched
 from spherify.calibrate.outputs import products_of
 from spherify.calibrate.pair import Pair, angular_call
 from spherify.calibrate.parts import parts_of
@@ -20,11 +20,11 @@ from spherify.calibrate.world import World
 from spherify.errors import SpherifyError
 from spherify.graph.flow import bits
 
-HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
+HELD_OUT = 0.1  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 BATCH = 25  # images a step
 MOST_FLOATS = 400_000_000  # of all results of the student's functions for one step's images
-MOST_PRODUCTS = 1.2e13  # multiplications of the donor's and the student's runs and of the slopes, about
+MOST_PRODUCTS = 6e12  # multiplications of the donor's and the student's runs and of the slopes, about
 WARM_UP = 20  # steps
 TESTS = 10  # of held-out images, over all passes
 
@@ -37,15 +37,16 @@ class Schedule:
         passes: over the images; fewer where that were more than ``shown`` images, or MOST_PRODUCTS multiplications.
         shown: so many images in all.
         rate: of Adam, relative to the root mean square of each Parameter; it falls to zero along a cosine.
-        blocks: weight of the error of the blocks' outputs, relative to their variance, beside the answers'.
+        blocks: weight of the error of the blocks' outputs beside that of the answers, both relative to what they are
+            before the first step.
         temperature: at which the answers of a classifier are compared.
-        seed: of order, shifts and mixes.
+        seed: of order, shifts and patches.
     """
 
-    passes: int = 40
-    shown: int = 16_000
-    rate: float = 5e-4
-    blocks: float = 5.0
+    passes: int = 80
+    shown: int = 40_000
+    rate: float = 1e-3
+    blocks: float = 6.0
     temperature: float = 2.0
     seed: int = 0
 
@@ -90,6 +91,7 @@ class Watched:
             world.run(0, self.steps, self.last_use)
             return [world.values[0][place] for place in self.places]
         finally:
+            world.values[0].clear()  # a cycle in World.arguments would keep it, and all slopes, until Python looks
             world.batches[0], world.values[0] = kept
 
 
@@ -110,27 +112,31 @@ def distil_(pair: Pair, images: Tensor, schedule: Schedule, progress: Callable[[
     generator = torch.Generator().manual_seed(schedule.seed)
     held = max(1, round(min(HELD_OUT * len(images), MOST_HELD_OUT) / size)) * size
     seen, tests = images[: len(images) - held], images[len(images) - held :]
-    task = Task(pair, schedule)
+    task = Task(pair, schedule.temperature)
     held_out = [part for batch in tests.split(size) for part in (batch, moved(batch, generator))]
     wanted = [task.wanted(batch) for batch in held_out]
 
-    def test() -> float:
+    def test() -> tuple[float, float]:
         with torch.no_grad():
-            return sum(float(task.loss(*given)) for given in zip(held_out, wanted, strict=True))
+            errors = [task.errors(*given) for given in zip(held_out, wanted, strict=True)]
+        return sum(float(answer) for answer, _ in errors), sum(float(blocks) for _, blocks in errors)
 
     shown = min(schedule.shown, MOST_PRODUCTS / (4.0 * products_of(run)))
     passes = max(1, min(schedule.passes, round(shown / len(seen))))
     descent = Descent(list(run.model.parameters()), schedule.rate, passes * (len(seen) // size))
     with descent:
-        best, kept = test(), descent.taken_down()
+        at_first = test()
+        weight = schedule.blocks * at_first[0] / max(at_first[1], 1e-12)
+        best, kept = at_first[0], descent.taken_down()
         for number in range(passes):
             progress(f"pass {number + 1} of {passes}")
             for chosen in torch.randperm(len(seen), generator=generator).split(size):
                 if len(chosen) == size:
-                    batch = mixed(moved(seen[chosen.to(seen.device)], generator), generator)
-                    descent.step(task.loss(batch, task.wanted(batch)))
+                    batch = patched(moved(seen[chosen.to(seen.device)], generator), generator)
+                    answer, blocks = task.errors(batch, task.wanted(batch))
+                    descent.step(answer + weight * blocks)
             is_due = (number + 1) % max(1, passes // TESTS) == 0 or number + 1 == passes
-            if is_due and (now := test()) < best:
+            if is_due and (now := test()[0]) < best:
                 best, kept = now, descent.taken_down()
         descent.put_back(kept)
 
@@ -138,8 +144,8 @@ def distil_(pair: Pair, images: Tensor, schedule: Schedule, progress: Callable[[
 class Task:
     """What is wanted of the student, and how far it is from it."""
 
-    def __init__(self, pair: Pair, schedule: Schedule) -> None:
-        run, self.schedule = pair.student.recorded, schedule
+    def __init__(self, pair: Pair, temperature: float) -> None:
+        run, self.temperature = pair.student.recorded, temperature
         output = run.outputs[0]
         ends = [block.end for block in blocks_of(run, parts_of(run, kept=True)) if block.end in pair.twin]
         places = [*(end for end in ends if end != output and self.are_alike(pair, end)), output]
@@ -159,17 +165,15 @@ class Task:
         """The donor's block outputs, and its answer."""
         return self.donor(batch)
 
-    def loss(self, batch: Tensor, wanted: list[Tensor]) -> Tensor:
+    def errors(self, batch: Tensor, wanted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the student's answers, and of its blocks' outputs, the mean over the blocks."""
         *blocks, answer = self.student(batch)
         *targets, truth = wanted
+        pairs = zip(blocks, targets, strict=True)
+        inside = torch.stack([relative_error(*pair) for pair in pairs]).mean() if blocks else answer.new_zeros(())
         if self.is_classifier:
-            loss = divergence_at(self.schedule.temperature, answer, truth)
-        else:
-            loss = relative_error(answer, truth)
-        if blocks:
-            errors = [relative_error(*given) for given in zip(blocks, targets, strict=True)]
-            loss = loss + self.schedule.blocks * torch.stack(errors).mean()
-        return loss
+            return divergence_at(self.temperature, answer, truth), inside
+        return relative_error(answer, truth), inside
 
 
 def relative_error(answer: Tensor, truth: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images that nobody has seen yet, made of those at hand: mirrored, shifted, mixed in pairs."""
+"""Images that nobody has seen yet, made of those at hand: mirrored, shifted, patched with one another."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHIFT = 8  # by up to this part of the side
-MIXED = 0.5  # of the images
-LEAST_SHARE = 0.5  # of the first image in a mix of two
+MOST_PATCHED = 0.5  # of an image's area
 
 
 def can_be_changed(batch: Tensor) -> bool:
@@ -35,17 +34,27 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in cuts])
 
 
-def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every second one, by chance, as a x + (1 - a) y with another one y, a drawn evenly from [LEAST_SHARE, 1].
+def patched(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each with a rectangle of its own proportions, up to half of its area, taken from another one at the same place.
+
+    Every pixel stays that of a photograph: a blend of two, or an enlarged one, is not what the network is made for.
 
     Args:
         images: (N, C, H, W); anything else comes back as it is.
 
-    Source: Zhang et al. 2018, mixup, arXiv:1710.09412.
+    Source: Yun et al. 2019, CutMix, arXiv:1905.04899; the donor's answers to them take the place of labels, Beyer et
+    al. 2022, Knowledge distillation: a good teacher is patient and consistent, arXiv:2106.05237.
     """
     if not can_be_changed(images):
         return images
-    others = images[torch.randperm(len(images), generator=generator).to(images.device)]
-    shares = LEAST_SHARE + (1.0 - LEAST_SHARE) * torch.rand(len(images), 1, 1, 1, generator=generator)
-    alone = torch.rand(len(images), 1, 1, 1, generator=generator) >= MIXED
-    return torch.lerp(others, images, torch.where(alone, torch.ones(()), shares).to(images))
+    count, (height, width) = len(images), images.shape[2:]
+    others = images[torch.randperm(count, generator=generator).to(images.device)]
+    sides = (MOST_PATCHED * torch.rand(count, generator=generator)).sqrt()
+    places = torch.rand(2, count, generator=generator)
+    images = images.clone()
+    for number, (side, top, left) in enumerate(zip(sides.tolist(), *places.tolist(), strict=True)):
+        tall, wide = int(side * height), int(side * width)
+        rows, columns = int(top * (height - tall + 1)), int(left * (width - wide + 1))
+        area = (number, slice(None), slice(rows, rows + tall), slice(columns, columns + wide))
+        images[area] = others[area]
+    return images

@@ -34,7 +34,7 @@ class QuickCalls:
 
     def way_for(self, x: Tensor, weight: Tensor, *constants: ByFilter) -> Run | None:
         """What serves such an input, if it is known, with constants (bias, scale, steepness) lying where they lie."""
-        if not takes(x) or needs_graph(x):
+        if not takes(x) or needs_graph(x) or torch.is_autocast_enabled("cpu"):
             return None
         return self.ways.get(key_of(x, weight, constants))
 
@@ -43,7 +43,7 @@ class QuickCalls:
     ) -> None:
         """Keep what ``make`` makes for such an input when it comes the second time in a row."""
         rows = x if x.dim() == weight.dim() else x.reshape(-1, x.shape[-1])
-        if not served(rows, groups) or not all(map(is_ready, constants)):
+        if torch.is_autocast_enabled("cpu") or not served(rows, groups) or not all(map(is_ready, constants)):
             return
         key = key_of(x, weight, constants)
         if self.met != key:
@@ -97,7 +97,7 @@ def ready_response(
     kept = [value for value in alive[1:] if not any(value is given for given in constants)]  # those made here
 
     def respond_(product: Tensor, inverse: Tensor) -> Tensor:
-        if product.requires_grad or product.stride() != strides:
+        if product.requires_grad or product.dtype != torch.float32 or product.stride() != strides:
             return finish(product, inverse, operator, steep, scale, bias, activation, by_kernels=True)
         own = copied(template)  # several threads may be here
         own.inverse = inverse.data_ptr()

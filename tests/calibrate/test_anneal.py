@@ -94,6 +94,24 @@ def test_gradients_reach_every_weight():
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@torch.no_grad()
+def test_norms_have_the_statistics_of_the_angular_answers_soon_after_all_layers_are_angular():
+    model = spherify(small_net(), gain="none").train()
+    norms = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert norms
+    with Annealing(model, until=0.5) as annealing:
+        for step in range(20):
+            annealing.on_step(step, 20)
+            model(10 * IMAGES)
+    seen = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].var((0, 2, 3))))
+    model(10 * IMAGES)
+    for norm, variance in zip(norms, seen, strict=True):
+        torch.testing.assert_close(norm.running_var, variance, rtol=0.02, atol=1e-6)
+    assert {norm.momentum for norm in norms} == {0.1}
+
+
 def test_distillation_is_zero_for_the_donor_itself():
     donor = small_net()
     loss = distillation(donor)

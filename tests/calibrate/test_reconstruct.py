@@ -10,7 +10,7 @@ from torch import nn
 from spherify import SpherifyError, calibrate, spherify
 from spherify.calibrate import distil
 from spherify.calibrate.distil import Schedule, batch_size
-from spherify.calibrate.fresh import mixed, moved
+from spherify.calibrate.fresh import moved, patched
 from spherify.calibrate.reconstruct import reconstruct_, settle_norms_
 from spherify.calibrate.recorded import Recorded
 from spherify.data.sources import open_data
@@ -73,15 +73,22 @@ def test_moved_images_are_mirrored_and_shifted_copies():
     assert set((down[:, 0, 9, 0] - down[:, 0, 8, 0]).tolist()) == {1.0}
 
 
-def test_about_half_of_the_images_are_mixed_and_keep_the_larger_share():
-    images = torch.eye(64).view(64, 1, 8, 8)
-    shares = mixed(images, seeded()).flatten(1).diagonal()
-    assert 16 < int((shares < 1).sum()) < 48
-    assert float(shares.min()) >= 0.5
-    torch.testing.assert_close(mixed(images, seeded()).sum((1, 2, 3)), torch.ones(64))
+def test_patched_images_hold_a_rectangle_of_another_one_and_keep_the_larger_share():
+    numbers = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 2, 16, 24).contiguous()
+    place = torch.arange(16 * 24.0).view(16, 24)  # the same place in the other image
+    both = patched(torch.stack([numbers[:, 0], numbers[:, 0] * 0 + place], 1), seeded())
+    assert torch.equal(both[:, 1], place.expand(64, 16, 24))
+    foreign = both[:, 0] != numbers[:, 0]
+    areas = foreign.float().mean((1, 2))
+    assert 0.35 < float(areas.max()) <= 0.5
+    assert float(areas.min()) < 0.05
+    for image_, mask in zip(both[:, 0], foreign, strict=True):
+        rows, columns = mask.any(1), mask.any(0)
+        assert int(mask.sum()) == int(rows.sum()) * int(columns.sum())  # a rectangle
+        assert len(image_[mask].unique()) <= 1  # of one other image
 
 
-@pytest.mark.parametrize("change", [moved, mixed])
+@pytest.mark.parametrize("change", [moved, patched])
 def test_only_images_are_changed(change):
     for inputs in (image(4, 6, 5), torch.randint(9, (4, 1, 8, 8))):
         assert change(inputs, seeded()) is inputs
@@ -92,13 +99,13 @@ def test_only_images_are_changed(change):
 # ---------------------------------------------------------------------------------------------- what it achieves
 
 
-def test_it_is_nearer_to_the_donor_than_the_transplant_on_images_never_seen():
+def test_the_training_comes_nearer_to_the_donor_on_images_never_seen():
     seen, others = waves(96, 0), waves(200, 1)
     donor = donor_for(seen)
-    model = reconstructed(donor, seen, "transplant")
+    model = reconstructed(donor, seen, "statistics")
     before = divergence(model, donor, others)
-    reconstruct_(model, donor, [seen], Schedule(rate=3e-3))
-    assert divergence(model, donor, others) < 0.92 * before  # 0.87 when this was written
+    reconstruct_(model, donor, [seen], Schedule(rate=5e-3))
+    assert divergence(model, donor, others) < 0.85 * before  # 0.74 when this was written
 
 
 @pytest.mark.parametrize("kind", ["noise", "digits"])
@@ -128,18 +135,18 @@ def distil_alone(model, donor, images, schedule):
     distil.distil_(distil.Pair(model, donor, [images[:size]], half=False), images, schedule, lambda name: None)
 
 
-def test_blocks_are_drawn_to_the_donors_too():
+def test_blocks_are_compared_with_the_donors_too():
     donor = donor_for(IMAGES)
     pair = distil.Pair(spherify(donor, example_input=IMAGES[:2]), donor, [IMAGES[:8]], half=False)
-    task = distil.Task(pair, Schedule(blocks=1.0))
+    task = distil.Task(pair, 2.0)
     with torch.no_grad():
         *blocks, answer = task.student(IMAGES[:8])
     assert len(blocks) >= 2
     *targets, truth = task.wanted(IMAGES[:8])
-    errors = [float((b - t).square().mean() / t.var(correction=0)) for b, t in zip(blocks, targets, strict=True)]
-    alone = float(distil.divergence_at(2.0, answer, truth))
-    wanted = alone + sum(errors) / len(errors)
-    assert task.loss(IMAGES[:8], [*targets, truth]).item() == pytest.approx(wanted, rel=1e-4)
+    inside = [float((b - t).square().mean() / t.var(correction=0)) for b, t in zip(blocks, targets, strict=True)]
+    found = task.errors(IMAGES[:8], [*targets, truth])
+    assert found[0].item() == pytest.approx(float(distil.divergence_at(2.0, answer, truth)), rel=1e-4)
+    assert found[1].item() == pytest.approx(sum(inside) / len(inside), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves

@@ -141,3 +141,16 @@ def test_threads_that_share_a_layer_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["3x3", "wide", "narrow"])
+@each_operator
+@torch.no_grad()
+def test_under_autocast_nobody_takes_the_short_way(options, name):
+    _, folded, x = folded_block(name, options)
+    for _ in range(3):
+        answer = folded(x)
+    assert ways(folded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(folded(x).float(), answer, rtol=3e-2, atol=3e-2)
+    assert torch.equal(folded(x), answer)
