@@ -14,7 +14,7 @@ from spherify.models.resolve import build, resolve
 
 FAMILIES = (Path(__file__).parents[1] / "zoo_families.txt").read_text().split()
 SIZES = {
-    "timm:deepseek_vit_412m": 192,  # not 546, 768, 768
+    "timm:deepseek_vit_412m": 196,  # not 546, 768, 768
     "timm:gemma4_vit_167m": 192,
     "timm:qwen3_vit_88m": 192,
     "torchvision:ssd300_vgg16": 300,  # what its layers need when they are called without its own resizing
