@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--folded", action="store_true", help="fold the donor's BatchNorms away first")
     parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
     parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
-    parser.add_argument("--output-solves", type=int, default=3, help="linear solves of the outputs at the end")
+    parser.add_argument("--output-solves", type=int, default=8, help="linear solves of the outputs at the end")
     parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=100)

@@ -42,7 +42,7 @@ def calibrate(
     donor: nn.Module | None = None,
     images: int | None = None,
     refit_kept: bool = True,
-    output_solves: int = 3,
+    output_solves: int = 8,
     sensitivity: bool = False,
     keep_worst: int = 0,
     seed: int = 0,

@@ -22,14 +22,15 @@ from spherify.graph.flow import is_batch_norm
 from spherify.graph.record import one_line
 
 FEWEST_IMAGES = 40  # fewer say nothing about other images
-MOST_EQUATIONS = 5000  # of one solve
-FLOATS_KEPT = 350_000_000  # equations times unknowns: 1.4 GB in float32
+MOST_EQUATIONS = 2500  # of one solve
+FLOATS_KEPT = 150_000_000  # equations times unknowns: 0.6 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
+MOST_SUMS = 10
 EQUATIONS_LOOKED_AT = 300  # to find the subspaces in which filters may change
 LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
 NEXT_RIDGES = (10.0, 3.0, 1.0, 1.0 / 3.0)  # times the last one that served best
 ROWS_AT_ONCE = 1024
-FEWEST_EQUATIONS = 400  # layers whose filters leave no room for so many keep them
+MOST_NUMBERS = 875_000  # of all filters; layers without room keep theirs
 
 Solvable = Unknown | Subspace
 
@@ -45,7 +46,7 @@ class Solves:
         seed: of the order and the changes of the images, and of the sums of outputs drawn.
     """
 
-    count: int = 3
+    count: int = 8
     ridges: tuple[float, ...] = (30.0, 3.0, 1.0, 0.3, 0.1)
     refits_kept: bool = True
     seed: int = 0
@@ -87,7 +88,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     if problem := too_few(pair):
         return Solved(losses=(), unknowns=0, left=(), problem=problem)
     outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed))
-    full, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
+    full, left = unknowns_of(pair.student.recorded, MOST_NUMBERS, kept=solves.refits_kept)
     axes = image_axes(outputs, {position for unknown in full for position in unknown.positions})
     full = [unknown for unknown in full if all(position in axes for position in unknown.positions)]
     sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), outputs.width)
@@ -129,7 +130,7 @@ def too_few(pair: Pair) -> str:
 
 def shape_of_group(images: int, outputs: int) -> tuple[int, int]:
     """(sums of the outputs of each image, images in a solve): the fewer images there are, the more sums of each."""
-    sums = min(outputs, max(FEWEST_SUMS, MOST_EQUATIONS // images))
+    sums = min(outputs, max(FEWEST_SUMS, min(MOST_SUMS, MOST_EQUATIONS // images)))
     return sums, max(1, MOST_EQUATIONS // sums)
 
 

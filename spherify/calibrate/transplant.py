@@ -33,7 +33,7 @@ class Settings:
     rows: int = 40_000
     corrects_sums: bool = True
     refits_kept: bool = True
-    output_solves: int = 3
+    output_solves: int = 8
     seed: int = 0
 
 

@@ -161,7 +161,7 @@ def test_the_report_says_what_was_solved():
 
 def test_it_is_part_of_the_default_and_can_be_left_out():
     states = []
-    for options in ({}, {"output_solves": 3}, {"output_solves": 0}):
+    for options in ({}, {"output_solves": 8}, {"output_solves": 0}):
         model = spherify(residual_net(), example_input=IMAGES[:2])
         calibrate(model, MANY, **options)
         states.append(model[0].weight.clone())
