@@ -108,6 +108,14 @@ def test_rows_say_how_each_images_outputs_change(network, operator):
     assert tested >= len(unknowns) - 1
 
 
+def test_as_many_sums_as_outputs_hold_all_of_them():
+    outputs = outputs_for(residual_net())
+    difference = image(10, 5, 1, 1).flatten(1)
+    sums = outputs.sums(difference, 9)
+    assert sums.shape == (5, 10, 5)
+    torch.testing.assert_close((sums * difference).sum(2).square().sum(0), difference.square().sum(1))
+
+
 def test_images_along_the_second_axis_are_found():
     donor = FromFunction(
         lambda m, x: m.head(m.token(x.flatten(2).permute(2, 0, 1)).mean(0)),
