@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> None:
     truth, swapped = top1(donor, *test), top1(model, *test)
     started, busy = time.perf_counter(), time.process_time()
     how = {"refit_kept": not arguments.no_refit, "keep_worst": arguments.keep_worst}
-    how |= {"output_solves": arguments.output_solves, "mix_images": arguments.mixes}
+    how |= {"output_solves": arguments.output_solves}
     report = calibrate(model, seen, arguments.method, donor=donor, **how)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     kept = top1(model, *test)
@@ -139,8 +139,7 @@ def main() -> None:
     parser.add_argument("--folded", action="store_true", help="fold the donor's BatchNorms away first")
     parser.add_argument("--all-convs", action="store_true", help="convert depthwise convolutions too")
     parser.add_argument("--no-refit", action="store_true", help="leave plain layers as they are")
-    parser.add_argument("--output-solves", type=int, default=3, help="linear solves of the outputs at the end")
-    parser.add_argument("--mixes", action="store_true", help="solve for mixes of two images")
+    parser.add_argument("--output-solves", type=int, default=8, help="linear solves of the outputs at the end")
     parser.add_argument("--keep-worst", type=int, default=0, help="take so many layers back to plain ones")
     parser.add_argument("--exclude", nargs="*", default=[])
     arguments = parser.parse_args()

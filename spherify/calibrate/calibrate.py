@@ -42,8 +42,7 @@ def calibrate(
     donor: nn.Module | None = None,
     images: int | None = None,
     refit_kept: bool = True,
-    output_solves: int = 3,
-    mix_images: bool = False,
+    output_solves: int = 8,
     sensitivity: bool = False,
     keep_worst: int = 0,
     seed: int = 0,
@@ -70,13 +69,11 @@ def calibrate(
         refit_kept: fit plain layers behind converted ones too, the classifier among them.
         output_solves: at the end of a transplant, at most so many linear solves of the network's outputs over all
             layers at once; 0 for none.
-        mix_images: where inputs are (N, C, H, W) floats and outputs (N, M), the solves are done on mixes of two images
-            each, of which the donor is less sure than of the images: for about 1,000 images that it was trained on.
         sensitivity: measure first what each converted layer costs alone (``spherify.calibrate.sensitivity``); the
             report's ``sensitivity`` holds it.
         keep_worst: so many converted layers, those that cost most alone, are plain layers again: the donor is
             converted anew without them and calibrated. The model's plan, its folder and the report say so.
-        seed: of the positions, images and mixes drawn.
+        seed: of the positions and images drawn, and of how these are changed.
         progress: called with the name of each layer before it is worked on.
 
     Returns:
@@ -106,7 +103,7 @@ def calibrate(
         effects = measured(model, donor, parts, seed=seed, progress=progress)
     if effects is not None and donor is not None and keep_worst:
         target = converted_without(model, donor, effects, keep_worst, parts[0][:2])
-    settings = Settings(seed=seed, refits_kept=refit_kept, output_solves=output_solves, mixes=mix_images)
+    settings = Settings(seed=seed, refits_kept=refit_kept, output_solves=output_solves)
     report = carried_out(target, donor, parts, method, settings, progress or (lambda name: None))
     if effects is not None and target is not model:
         become_(model, target)
@@ -169,7 +166,6 @@ def carry_out(
         solves = Solves(
             count=settings.output_solves,
             refits_kept=settings.refits_kept,
-            mixes=settings.mixes,
             seed=settings.seed,
         )
         solved = solve_outputs_(Pair(model, donor, batches, half=False), solves, progress)

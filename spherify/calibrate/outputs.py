@@ -18,9 +18,8 @@ from spherify.graph.flow import bits, weight_node
 
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
-TEMPERATURE = 2.0  # the donor is surer of images it was trained on than of others
-MIXES_HELD = 4  # of each held-out image: a few hard ones must not decide
-LEAST_SHARE = 0.5  # of the first image in a mix of two
+COPIES_HELD = 2  # of each held-out image, changed each in its own way: a few hard ones must not decide
+LARGEST_SHIFT = 0.125  # of a side
 MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
 
 
@@ -29,17 +28,12 @@ class Outputs:
     """A pair with the donor's outputs on all batches, and which batches are held out.
 
     Attributes:
-        mixes: of a classifier of images, every image is mixed with another, seen ones with seen ones. A donor is so
-            sure of the images it was trained on that its outputs tell little, and that a few images make up nearly the
-            whole loss; of mixes it is not. ``close`` gives the pair its own images back.
-        truths: the donor's outputs, batch by batch; empty where a batch is neither seen nor held out.
-            Those of seen batches that are to be mixed are there after ``draw``.
+        truths: the donor's outputs, batch by batch; those of seen batches are there after ``draw``.
         seen, held: numbers of batches.
     """
 
     pair: Pair
     generator: torch.Generator
-    mixes: bool = False
     truths: list[Tensor] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
@@ -58,19 +52,19 @@ class Outputs:
         while sum(len(batches[number]) for number in self.held) < wanted:
             self.held.append(numbers.pop())
         self.seen = numbers
-        self.mixes = self.mixes and self.is_classifier and are_images(batches[0])
         self.image_batches = len(batches)
-        if self.mixes:
-            self.repeat_held(MIXES_HELD)
+        if are_images(batches[0]):
+            self.repeat_held(COPIES_HELD)
         self.truths = [torch.empty(0)] * len(self.images)
-        if not self.mixes:
-            self.draw(self.seen)
         self.draw(self.held)
 
     def draw(self, numbers: Sequence[int]) -> None:
-        """Mix the images of these batches anew, if images are mixed at all, and have the donor's outputs on them."""
-        if self.mixes:
-            self.put(numbers, mixed_images([self.images[number] for number in numbers], self.generator))
+        """Change the images of these batches anew, and have the donor's outputs on them.
+
+        The donor answers to the changed images, so that no label is needed. ``close`` gives the pair its own images.
+        """
+        if are_images(self.images[0]):
+            self.put(numbers, [changed_images(self.images[number], self.generator) for number in numbers])
         answers = outputs_of(self.pair.donor, self.pair.twin[self.output], numbers)
         for number, answer in zip(numbers, answers, strict=True):
             self.truths[number] = answer
@@ -98,61 +92,51 @@ class Outputs:
             world.values = [{0: batch} for batch in world.batches]
 
     @property
-    def is_classifier(self) -> bool:
-        shape = self.pair.student.recorded.nodes[self.output].meta["shape"]
-        return len(shape) == 2 and shape[1] > 1
-
-    @property
-    def classes(self) -> int:
-        """As many sums of an image's outputs as can differ."""
+    def width(self) -> int:
+        """Numbers that the network answers an image with, and as many sums of them as can differ."""
         return math.prod(self.pair.student.recorded.nodes[self.output].meta["shape"][1:])
 
     def loss(self) -> float:
-        """Of the student on the held-out batches."""
+        """The mean square of the student's errors on the held-out batches."""
         answers = outputs_of(self.pair.student, self.output, self.held)
-        pairs = [
-            (answer.float(), self.truths[number].float()) for answer, number in zip(answers, self.held, strict=True)
+        errors = [
+            answer.float() - self.truths[number].float() for answer, number in zip(answers, self.held, strict=True)
         ]
-        if not self.is_classifier:
-            return sum(float((answer - truth).square().mean()) for answer, truth in pairs) / len(pairs)
-        divergences = [divergence(*pair, 1.0) + divergence(*pair, TEMPERATURE) for pair in pairs]
-        return sum(divergences) / sum(len(truth) for _, truth in pairs)
+        return sum(float(error.square().sum()) for error in errors) / sum(error.numel() for error in errors)
 
     def sums(self, truth: Tensor, count: int) -> Tensor:
-        """(count, N, ...): random sums of each image's outputs; on average their squares measure a change.
+        """(count, N, ...): random sums of each image's outputs, the mean of whose squares is the mean square of these.
 
-        For classes the measure is the second order of the divergence of their probabilities, and ``count`` sums, as
-        many as there are classes, give it exactly; else it is the mean square.
+        As many sums of (N, M) outputs as there are outputs give it exactly.
         """
-        if not self.is_classifier:
+        total = truth[0].numel()
+        if truth.dim() > 2:
             signs = torch.randint(2, (count, *truth.shape), generator=self.generator).to(truth) * 2.0 - 1.0
-            return signs / math.sqrt(count * truth[0].numel())
-        images, classes = truth.shape
-        drawn = torch.randn(images, classes, min(count, classes), generator=self.generator)
-        turned = torch.linalg.qr(drawn).Q.to(truth).permute(2, 0, 1) * math.sqrt(classes / min(count, classes))
-        p = (truth / TEMPERATURE).softmax(1)
-        turned = turned * p.sqrt()
-        return TEMPERATURE * (turned - turned.sum(2, keepdim=True) * p)
+            return signs / math.sqrt(total)
+        drawn = torch.randn(*truth.shape, min(count, total), generator=self.generator)
+        return torch.linalg.qr(drawn).Q.to(truth).permute(2, 0, 1)
 
 
 def are_images(batch: Tensor) -> bool:
     return batch.dim() == 4 and batch.is_floating_point()
 
 
-def mixed_images(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Each image x as a x + (1 - a) y with another one y, a drawn evenly from [LEAST_SHARE, 1].
+def changed_images(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, and moved up, down and to the sides by up to LARGEST_SHIFT of the side.
 
     Args:
-        batches: (N, C, H, W) each; mixed across them.
-
-    Source: Zhang et al. 2018, mixup, arXiv:1710.09412; without labels, the donor's answers to the mixes taking their
-    place, Beyer et al. 2022, Knowledge distillation: a good teacher is patient and consistent, arXiv:2106.05237.
+        images: (N, C, H, W); at the border, they go on as in a mirror.
     """
-    images = torch.cat(list(batches))
-    others = images[torch.randperm(len(images), generator=generator).to(images.device)]
-    shares = LEAST_SHARE + (1.0 - LEAST_SHARE) * torch.rand(len(images), 1, 1, 1, generator=generator)
-    mixed = torch.lerp(others, images, shares.to(images))
-    return list(mixed.split([len(batch) for batch in batches]))
+    count, _, height, width = images.shape
+    most = [int(LARGEST_SHIFT * side) for side in (height, width)]
+    down, right = (torch.randint(2 * step + 1, (count, 1), generator=generator).to(images.device) for step in most)
+    mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
+    wider = F.pad(images, (most[1], most[1], most[0], most[0]), mode="reflect").movedim(1, -1)
+    rows = down + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = right + torch.where(mirrored, columns.flip(0), columns)
+    every = torch.arange(count, device=images.device)[:, None, None]
+    return wider[every, rows[:, :, None], columns[:, None]].movedim(-1, 1).contiguous()
 
 
 def has_comparable_outputs(pair: Pair) -> bool:
@@ -164,11 +148,6 @@ def has_comparable_outputs(pair: Pair) -> bool:
     shape = mine["shape"]
     images = len(pair.student.batches[0])
     return bool(mine["dtype"].is_floating_point and shape == theirs["shape"] and len(shape) > 1 and shape[0] == images)
-
-
-def divergence(answer: Tensor, truth: Tensor, temperature: float) -> float:
-    mine, theirs = (answer / temperature).log_softmax(1), (truth / temperature).log_softmax(1)
-    return temperature**2 * float(F.kl_div(mine, theirs, reduction="sum", log_target=True))
 
 
 @torch.no_grad()

@@ -100,6 +100,21 @@ def patch_rows(call: Call, positions: Tensor) -> Tensor:
     return rows.flatten(2)
 
 
+def patch_maps(call: Call) -> Tensor | None:
+    """The patches of a 2-d convolution at all places of its output, as (N, G, P Q, fan_in); None for other calls.
+
+    The rows of ``patch_rows`` image by image, many times as fast to gather.
+    """
+    if not call.is_conv or call.weight.dim() != 4 or call.input.dim() != 4:
+        return None
+    window = tuple(call.weight.shape[2:])
+    stride, dilation = per_axis(call.stride, 2, "stride"), per_axis(call.dilation, 2, "dilation")
+    pads = padding_at_both_ends(call.padding, window, stride, dilation)
+    x = F.pad(call.input, [number for pair in reversed(pads) for number in pair])
+    maps = F.unfold(x, window, dilation=dilation, stride=stride)
+    return maps.unflatten(1, (call.groups, -1)).mT
+
+
 def unit_rows(rows: Tensor, eps: float) -> Tensor:
     """Each row by its length, as the angular layers take it."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_norm_
@@ -14,18 +15,24 @@ from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_ax
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
+from spherify.calibrate.subspace import Subspace, narrowed
 from spherify.calibrate.unknowns import Played, Unknown, unknowns_of
 from spherify.calibrate.world import World
 from spherify.graph.flow import is_batch_norm
 from spherify.graph.record import one_line
 
 FEWEST_IMAGES = 40  # fewer say nothing about other images
-MOST_EQUATIONS = 1600  # of one group of images
-FLOATS_KEPT = 350_000_000  # equations times unknowns: 1.4 GB in float32
+MOST_EQUATIONS = 2500  # of one solve
+FLOATS_KEPT = 150_000_000  # equations times unknowns: 0.6 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
-MOST_GROUPS = 2  # of images in one solve; the first solve has one
+MOST_SUMS = 10
+EQUATIONS_LOOKED_AT = 300  # to find the subspaces in which filters may change
 LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
-FEWEST_EQUATIONS = 400  # layers whose filters leave no room for so many keep them
+NEXT_RIDGES = (10.0, 3.0, 1.0, 1.0 / 3.0)  # times the last one that served best
+ROWS_AT_ONCE = 1024
+MOST_NUMBERS = 875_000  # of all filters; layers without room keep theirs
+
+Solvable = Unknown | Subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +41,14 @@ class Solves:
 
     Attributes:
         count: how many solves; 0 leaves the network as it is.
-        ridges: tried at each, relative to the mean square of an equation's slopes; held-out images choose.
+        ridges: tried at the first, relative to the mean square of an equation's slopes; held-out images choose.
         refits_kept: plain layers behind converted ones are changed too.
-        mixes: of a classifier of images, mixes of two images are solved for.
-        seed: of the order of the images, of the sums of outputs drawn and of mixes.
+        seed: of the order and the changes of the images, and of the sums of outputs drawn.
     """
 
-    count: int = 3
-    ridges: tuple[float, ...] = (100.0, 10.0, 1.0, 0.3, 0.1, 0.03)
+    count: int = 8
+    ridges: tuple[float, ...] = (30.0, 3.0, 1.0, 0.3, 0.1)
     refits_kept: bool = True
-    mixes: bool = False
     seed: int = 0
 
 
@@ -69,44 +74,46 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     """Bring the student's outputs nearer to the donor's by linear solves over everything that can be changed.
 
     At each, the student's outputs are linearised in all scales, offsets and filters, and the least squares towards
-    the donor's outputs solved group by group of images, with a ridge; the mean of the groups' solutions is taken, with
-    the ridge that serves the held-out images best, and only where it lowers their loss. The first solve takes one
-    group, from which the others start nearer.
+    the donor's outputs solved with a ridge, for images that are mirrored and moved anew each time. The ridge that
+    serves the held-out images best is taken, and only where it lowers their loss. Where equations times unknowns do
+    not fit, filters change in those subspaces alone in which most of their slopes lie.
 
     Returns:
         What was done, or why nothing was; None where outputs are no numbers image by image.
 
-    Source: the mean of solutions is that of Zhang, Duchi, Wainwright 2015, Divide and Conquer Kernel Ridge Regression;
-    the linearisation is a Gauss-Newton step with Levenberg's damping.
+    Source: the linearisation is a Gauss-Newton step with Levenberg's damping.
     """
     if solves.count < 1 or not has_comparable_outputs(pair):
         return None
     if problem := too_few(pair):
         return Solved(losses=(), unknowns=0, left=(), problem=problem)
-    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed), mixes=solves.mixes)
-    unknowns, left = unknowns_of(pair.student.recorded, FLOATS_KEPT // FEWEST_EQUATIONS, kept=solves.refits_kept)
-    axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
-    unknowns = [unknown for unknown in unknowns if all(position in axes for position in unknown.positions)]
-    size = sum(unknown.size for unknown in unknowns)
-    losses, problem = [outputs.loss()], ""
-    for number in range(solves.count if unknowns else 0):
+    outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed))
+    full, left = unknowns_of(pair.student.recorded, MOST_NUMBERS, kept=solves.refits_kept)
+    axes = image_axes(outputs, {position for unknown in full for position in unknown.positions})
+    full = [unknown for unknown in full if all(position in axes for position in unknown.positions)]
+    sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), outputs.width)
+    unknowns: Sequence[Solvable] = []
+    ridges, losses, problem = solves.ridges, [outputs.loss()], ""
+    for number in range(solves.count if full else 0):
         progress(f"outputs {number + 1}")
-        sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), size)
-        groups = groups_of(outputs, images, min(number + 1, MOST_GROUPS))
+        group = drawn_group(outputs, images)
         try:
-            changes = mean_changes(outputs, unknowns, axes, groups, solves.ridges, min(sums, outputs.classes))
+            unknowns = unknowns or fitting(outputs, full, axes, group, sums)
+            changes = changes_of(outputs, unknowns, axes, group, ridges, sums)
         except RuntimeError as error:  # a function without a derivative, which torch tells only when asked for it
             problem = one_line(error)
             break
-        loss = best_of_(outputs, unknowns, changes, losses[-1])
-        if loss is None:
+        loss, chosen = best_of_(outputs, unknowns, changes, losses[-1])
+        if chosen is None:
             break
+        ridges = tuple(ridges[chosen] * factor for factor in NEXT_RIDGES)
         losses.append(loss)
         if loss > (1.0 - LEAST_GAIN) * losses[-2]:
             break
     outputs.close()
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
+    size = sum(unknown.size for unknown in unknowns)
     return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
 
 
@@ -121,74 +128,77 @@ def too_few(pair: Pair) -> str:
     return ""
 
 
-def shape_of_group(images: int, unknowns: int) -> tuple[int, int]:
-    """(sums of the outputs of each image, images in a group): the fewer images there are, the more sums of each."""
-    equations = max(1, min(MOST_EQUATIONS, FLOATS_KEPT // unknowns))
-    sums = max(FEWEST_SUMS, equations // images)
-    return sums, max(1, equations // sums)
+def shape_of_group(images: int, outputs: int) -> tuple[int, int]:
+    """(sums of the outputs of each image, images in a solve): the fewer images there are, the more sums of each."""
+    sums = min(outputs, max(FEWEST_SUMS, min(MOST_SUMS, MOST_EQUATIONS // images)))
+    return sums, max(1, MOST_EQUATIONS // sums)
 
 
-def groups_of(outputs: Outputs, limit: int, count: int) -> list[list[int]]:
-    """``count`` groups of at most ``limit`` images; where these are not mixed anew each time, no group comes twice."""
-    groups = grouped(outputs, limit)
-    return [groups[number % len(groups)] for number in range(count if outputs.mixes else min(count, len(groups)))]
-
-
-def grouped(outputs: Outputs, limit: int) -> list[list[int]]:
-    """The seen batches in a random order, in groups of at most so many images; what is left over joins no group."""
+def drawn_group(outputs: Outputs, limit: int) -> list[int]:
+    """Seen batches with at most so many images, at least one batch, in a random order, their images changed anew."""
+    order = [outputs.seen[index] for index in torch.randperm(len(outputs.seen), generator=outputs.generator).tolist()]
     batches = outputs.pair.student.batches
-    groups: list[list[int]] = [[]]
-    count = 0
-    for index in torch.randperm(len(outputs.seen), generator=outputs.generator).tolist():
-        number = outputs.seen[index]
-        if groups[-1] and count + len(batches[number]) > limit:
-            groups.append([])
-            count = 0
-        groups[-1].append(number)
-        count += len(batches[number])
-    return groups[:-1] if len(groups) > 1 and count < limit // 2 else groups
+    group = order[:1]
+    for number in order[1:]:
+        if sum(len(batches[chosen]) for chosen in [*group, number]) <= limit:
+            group.append(number)
+    outputs.draw(group)
+    return group
 
 
-def mean_changes(
+def fitting(
+    outputs: Outputs, unknowns: Sequence[Unknown], axes: dict[int, int], group: list[int], sums: int
+) -> list[Solvable]:
+    """The unknowns, as many of them as there is memory for: filters in subspaces found on the first of the group."""
+    equations = sums * sum(len(outputs.pair.student.batches[number]) for number in group)
+    limit = FLOATS_KEPT // equations
+    size = sum(unknown.size for unknown in unknowns)
+    if size <= limit:
+        return list(unknowns)
+    wanted = min(EQUATIONS_LOOKED_AT, FLOATS_KEPT // size)
+    first: list[int] = []
+    while not first or sums * sum(len(outputs.pair.student.batches[number]) for number in first) < wanted:
+        first.append(group[len(first)])
+    rows, _ = equations_of(outputs, unknowns, axes, first, sums)
+    return narrowed(unknowns, rows, limit)
+
+
+def changes_of(
     outputs: Outputs,
-    unknowns: list[Unknown],
+    unknowns: Sequence[Solvable],
     axes: dict[int, int],
-    groups: list[list[int]],
+    group: list[int],
     ridges: Sequence[float],
     sums: int,
 ) -> list[list[Tensor]]:
-    """For each ridge, the mean of the groups' solutions, one tensor an unknown; empty if slopes are infinite."""
-    changes: list[list[Tensor]] = []
-    for group in groups:
-        if outputs.mixes:
-            outputs.draw(group)
-        blocks, errors = equations_of(outputs, unknowns, axes, group, sums)
-        scales = [
-            unknown.spread(block.norm(dim=0).square()).clamp_min(1e-30).rsqrt()
-            for unknown, block in zip(unknowns, blocks, strict=True)
-        ]
-        gram = torch.zeros(len(errors), len(errors), dtype=torch.float64, device=errors.device)
-        for block, scale in zip(blocks, scales, strict=True):
-            gram += block.mul_(scale) @ block.mT
-        if not bool(gram.isfinite().all()):  # a slope can be infinite where the value is not
-            return []
-        values, vectors = torch.linalg.eigh(gram)
-        turned, size = vectors.mT @ errors.double(), gram.diagonal().mean()
-        found = []
-        for ridge in ridges:
-            weights = (vectors @ (turned / (values.clamp_min(0.0) + ridge * size))).float() / len(groups)
-            found.append([weights @ block * scale for block, scale in zip(blocks, scales, strict=True)])
-        changes = added(changes, found) if changes else found
-        del blocks, block
-    return changes
-
-
-def added(first: list[list[Tensor]], second: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+    """For each ridge that rounding allows, the solution, one tensor an unknown; empty if slopes are infinite."""
+    blocks, errors = equations_of(outputs, unknowns, axes, group, sums)
+    scales = [
+        unknown.spread(block.norm(dim=0).square()).clamp_min(1e-30).rsqrt()
+        for unknown, block in zip(unknowns, blocks, strict=True)
+    ]
+    gram = torch.zeros(len(errors), len(errors), device=errors.device)
+    for block, scale in zip(blocks, scales, strict=True):
+        block.mul_(scale)
+        for first in range(0, len(gram), ROWS_AT_ONCE):  # the lower triangle, which is all that is read
+            end = first + ROWS_AT_ONCE
+            gram[first:end, :end] += block[first:end] @ block[:end].mT
+    if not bool(gram.isfinite().all()):  # a slope can be infinite where the value is not
+        return []
+    size, found = gram.diagonal().mean().clone(), []
+    for ridge in ridges:
+        damped = gram.clone()
+        damped.diagonal().add_(ridge * size)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            break
+        weights = torch.cholesky_solve(errors[:, None], factor)[:, 0]
+        found.append([weights @ block * scale for block, scale in zip(blocks, scales, strict=True)])
+    return found
 
 
 def equations_of(
-    outputs: Outputs, unknowns: list[Unknown], axes: dict[int, int], group: list[int], count: int
+    outputs: Outputs, unknowns: Sequence[Solvable], axes: dict[int, int], group: list[int], count: int
 ) -> tuple[list[Tensor], Tensor]:
     """For some sums of each image's outputs: how they change with the unknowns, (sums, size) each, and their errors."""
     images = sum(len(outputs.pair.student.batches[number]) for number in group)
@@ -209,13 +219,13 @@ def equations_of(
 
 
 def play(
-    outputs: Outputs, unknowns: list[Unknown], axes: dict[int, int], number: int, count: int
+    outputs: Outputs, unknowns: Sequence[Solvable], axes: dict[int, int], number: int, count: int
 ) -> tuple[Played, Tensor, Tensor]:
     """A batch through the student with its graph: values, slopes of the drawn sums, outputs, and the sums."""
     world = outputs.pair.student
     places = sorted({position for unknown in unknowns for position in unknown.positions})
     values = world.values[number] = {0: world.batches[number]}
-    with torch.enable_grad():
+    with torch.enable_grad(), frozen(world.recorded.model):
         for step in steps_to(world, outputs.output):
             value = world.call(number, step)
             if step in places and not value.requires_grad:
@@ -238,22 +248,41 @@ def play(
     return Played(world, number, len(world.batches[number]), by_place, axes), answer.detach(), sums
 
 
-def best_of_(outputs: Outputs, unknowns: list[Unknown], changes: list[list[Tensor]], before: float) -> float | None:
-    """Make the change with the least loss on held-out images; None, and no change, where none lowers it."""
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No slopes by Parameters: only those by values are asked for."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def best_of_(
+    outputs: Outputs, unknowns: Sequence[Solvable], changes: list[list[Tensor]], before: float
+) -> tuple[float, int | None]:
+    """Make the change with the least loss on held-out images; no change where none lowers it.
+
+    Returns:
+        The loss then, and the number of the change, None where there was none.
+    """
     tensors = [tensor for unknown in unknowns for tensor in unknown.tensors]
     start = [tensor.clone() for tensor in tensors]
-    best, kept = before, start
-    for change in changes:
+    best, chosen, kept = before, None, start
+    for number, change in enumerate(changes):
         for unknown, step in zip(unknowns, change, strict=True):
             unknown.add_(step)
         loss = outputs.loss()
         if loss < best:  # never where the loss is not a number
-            best, kept = loss, [tensor.clone() for tensor in tensors]
+            best, chosen, kept = loss, number, [tensor.clone() for tensor in tensors]
         for tensor, value in zip(tensors, start, strict=True):
             tensor.copy_(value)
     for tensor, value in zip(tensors, kept, strict=True):
         tensor.copy_(value)
-    return best if best < before else None
+    return best, chosen
 
 
 def refresh_norms_(world: World, names: set[str]) -> None:

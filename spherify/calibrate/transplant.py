@@ -25,7 +25,6 @@ class Settings:
         corrects_sums: the last layer of a residual branch makes up for the error of the sum.
         refits_kept: plain layers whose inputs changed are fitted too.
         output_solves: at most so many linear solves of the network's outputs at the end; 0 for none.
-        mixes: of a classifier of images, those are done on mixes of two images.
         seed: of the sample of positions.
     """
 
@@ -34,8 +33,7 @@ class Settings:
     rows: int = 40_000
     corrects_sums: bool = True
     refits_kept: bool = True
-    output_solves: int = 3
-    mixes: bool = False
+    output_solves: int = 8
     seed: int = 0
 
 

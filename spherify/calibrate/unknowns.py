@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spherify.calibrate.absorb import write_direction_
 from spherify.calibrate.parts import Part, bits_of, parts_of, reads_bias
-from spherify.calibrate.patches import Call, output_rows, patch_rows
+from spherify.calibrate.patches import Call, output_rows, patch_maps, patch_rows
 from spherify.calibrate.recorded import Recorded
 from spherify.calibrate.world import World
 from spherify.graph.flow import CONV_FUNCTIONS, name_of
@@ -150,39 +150,47 @@ class Filters:
         if self.part.has_gain:
             slopes = slopes * self.part.module.output_gain()[self.part.rows].detach().float()  # type: ignore[operator]
         slopes = slopes.unflatten(3, (groups, -1)).permute(1, 3, 0, 4, 2)  # (images, G, R, O/G, P)
-        places = slopes.shape[4]
-        width = groups * places * self.part.filters[0].numel()
+        width = groups * slopes.shape[4] * self.part.filters[0].numel()
         together = max(1, FLOATS_AT_ONCE // width) if played.axes[position] == 0 else played.images
-        pieces = []
-        for first in range(0, played.images, together):
-            count = min(together, played.images - first)
-            numbers = torch.arange(first * places, (first + count) * places, device=slopes.device)
-            pieces.append(self.products(slopes[first : first + count], call, numbers, played, position))
-        return torch.cat(pieces, 1)
+        firsts = range(0, played.images, together)
+        pieces = zip(
+            slopes.split(together), (self.inputs(call, n, together, played, position) for n in firsts), strict=True
+        )
+        found = [self.products(*piece) for piece in pieces]
+        return torch.cat(found, 1) if len(found) > 1 else found[0]
 
-    def products(self, slopes: Tensor, call: Call, numbers: Tensor, played: Played, position: int) -> Tensor:
-        """(R, some images, size) of the rows with these numbers."""
-        rows = patch_rows(call, numbers).detach().float()  # (G, images P, D)
-        images, groups, sums, outputs, places = slopes.shape
+    def inputs(self, call: Call, first: int, count: int, played: Played, position: int) -> Tensor:
+        """(some images, G, P, D): what the filters are multiplied with, images from ``first`` on."""
+        if played.axes[position] == 0 and call.is_conv:
+            maps = patch_maps(replace(call, input=call.input[first : first + count]))
+            if maps is not None:
+                return maps.detach().float()
+        size = len(output_rows(played.world.values[played.number][position], call.is_conv))
+        if played.axes[position] == 0:
+            places = size // played.images
+            numbers = torch.arange(first * places, min(first + count, played.images) * places, device=call.input.device)
+            rows = patch_rows(call, numbers).detach().float()
+            return rows.unflatten(1, (-1, places)).transpose(0, 1)
+        rows = patch_rows(call, torch.arange(size, device=call.input.device)).detach().float()
+        return torch.stack([played.by_image(group, position) for group in rows], 1)
+
+    def products(self, slopes: Tensor, inputs: Tensor) -> Tensor:
+        """(R, some images, size) from (images, G, R, O/G, P) and (images, G, P, D)."""
         module = self.part.module
-        if isinstance(module, AngularLayer):
-            rows = rows * torch.rsqrt(rows.square().sum(-1, keepdim=True) + module.eps)
-            if isinstance(module, StandardisedFilters):
-                rows = rows - rows.mean(2, keepdim=True)
-        if images == played.images:
-            rows = torch.stack([played.by_image(group, position) for group in rows], 1)
-        else:
-            rows = rows.unflatten(1, (images, -1)).transpose(0, 1)
-        if not isinstance(module, AngularLayer):  # rows: (images, G, P, D)
-            return (
-                torch.matmul(slopes.flatten(2, 3), rows).unflatten(2, (sums, outputs)).permute(2, 0, 1, 3, 4).flatten(2)
-            )
-        unit = self.unit(groups)
+        sums, outputs = slopes.shape[2:4]
+        if not isinstance(module, AngularLayer):
+            products = torch.matmul(slopes.flatten(2, 3), inputs).unflatten(2, (sums, outputs))
+            return products.permute(2, 0, 1, 3, 4).flatten(2)
+        inverse = torch.rsqrt(inputs.mT.square().sum(2) + module.eps)  # (images, G, P)
+        unit = self.unit(inputs.shape[1])
         if module.operator != "cosine":
-            cosine = torch.matmul(rows, unit.mT)  # (images, G, P, O/G)
-            slope = self.part.slope(cosine.transpose(0, 1).flatten(1, 2)).unflatten(1, (images, places))
+            cosine = torch.matmul(inputs, unit.mT) * inverse[..., None]  # (images, G, P, O/G)
+            slope = self.part.slope(cosine.transpose(0, 1).flatten(1, 2)).unflatten(1, inverse.shape[::2])
             slopes = slopes * slope.permute(1, 0, 3, 2)[:, :, None]
-        products = torch.matmul(slopes.flatten(2, 3), rows).unflatten(2, (sums, outputs))  # (images, G, R, O/G, D)
+        slopes = slopes * inverse[:, :, None, None]
+        products = torch.matmul(slopes.flatten(2, 3), inputs).unflatten(2, (sums, outputs))  # (images, G, R, O/G, D)
+        if isinstance(module, StandardisedFilters):  # whose inputs are centred before they meet the filters
+            products = products - products.mean(-1, keepdim=True)
         products = products - (products * unit[:, None]).sum(-1, keepdim=True) * unit[:, None]
         return products.permute(2, 0, 1, 3, 4).flatten(2)
 

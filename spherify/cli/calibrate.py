@@ -34,7 +34,7 @@ def calibrate(
     ] = 0,
     output_solves: Annotated[
         int, typer.Option(help="At most so many solves of the outputs after a transplant; 0 for none.", metavar="N")
-    ] = 3,
+    ] = 8,
     data_dir: Annotated[Path | None, typer.Option(help="Where named data are kept.", metavar="DIR")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     seed: Annotated[int, typer.Option(help="Of the images and positions drawn.")] = 0,

@@ -57,7 +57,7 @@ def convert(
     calibration_images: Annotated[int, typer.Option(help="How many of them.")] = 500,
     output_solves: Annotated[
         int, typer.Option(help="At most so many solves of the outputs after a transplant; 0 for none.", metavar="N")
-    ] = 3,
+    ] = 8,
     output: Annotated[
         Path | None, typer.Option(help="Folder to write [default: MODEL-OPERATOR].", metavar="DIR")
     ] = None,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spherify.calibrate.patches import Call, output_rows, patch_rows, sampled, unit_rows
+from spherify.calibrate.patches import Call, output_rows, patch_maps, patch_rows, sampled, unit_rows
 
 WINDOWS = [
     (F.conv2d, (2, 6, 9, 7), (4, 6, 3, 3), dict(padding=1)),
@@ -28,6 +28,18 @@ def test_rows_times_filters_are_the_convolution(function, shape, filters, window
     groups = window.get("groups", 1)
     answers = rows @ weight.flatten(1).unflatten(0, (groups, -1)).mT  # (G, R, O/G)
     torch.testing.assert_close(answers.transpose(0, 1).flatten(1), expected[positions])
+
+
+@pytest.mark.parametrize(("function", "shape", "filters", "window"), WINDOWS)
+def test_maps_are_the_rows_image_by_image(function, shape, filters, window):
+    torch.manual_seed(0)
+    call = Call.of(function, (torch.randn(shape), torch.randn(filters)), window)
+    maps = patch_maps(call)
+    if function is not F.conv2d or len(shape) < 4:
+        assert maps is None
+        return
+    rows = patch_rows(call, torch.arange(maps.shape[0] * maps.shape[2]))
+    torch.testing.assert_close(maps.transpose(0, 1).flatten(1, 2), rows)
 
 
 def test_rows_of_a_linear_layer_are_its_inputs():

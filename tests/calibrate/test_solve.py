@@ -1,6 +1,7 @@
 """The solves of the outputs: their slopes are true, they bring other images nearer, and they leave what they must."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from networks import FromFunction, Residual, conv_bn, image
 from torch import nn
 
 from spherify import OptionError, calibrate, spherify
-from spherify.calibrate.outputs import Outputs, image_axes, mixed_images, outputs_of
+from spherify.calibrate.outputs import Outputs, changed_images, image_axes, outputs_of
 from spherify.calibrate.pair import Pair
-from spherify.calibrate.solve import FEWEST_IMAGES, Solves, groups_of, play, solve_outputs_
+from spherify.calibrate.solve import FEWEST_IMAGES, Solves, drawn_group, equations_of, play, solve_outputs_
+from spherify.calibrate.subspace import Subspace, narrowed
 from spherify.calibrate.unknowns import Filters, unknowns_of
 
 IMAGES = image(60, 3, 12, 12)
@@ -56,7 +58,9 @@ def transformer() -> nn.Module:
 
 def outputs_for(donor: nn.Module, images=IMAGES[:20], **options) -> Outputs:
     model = spherify(donor, example_input=images[:2], **options).eval()
-    return Outputs(Pair(model, donor, images.split(10), half=False), torch.Generator().manual_seed(0))
+    outputs = Outputs(Pair(model, donor, images.split(10), half=False), torch.Generator().manual_seed(0))
+    outputs.draw(outputs.seen)
+    return outputs
 
 
 def error(model: nn.Module, donor: nn.Module, images=OTHERS) -> float:
@@ -102,6 +106,14 @@ def test_rows_say_how_each_images_outputs_change(network, operator):
         assert float((rows @ change - expected).norm()) < 0.05 * float(expected.norm()) + 1e-6, unknown.name
         tested += 1
     assert tested >= len(unknowns) - 1
+
+
+def test_as_many_sums_as_outputs_hold_all_of_them():
+    outputs = outputs_for(residual_net())
+    difference = image(10, 5, 1, 1).flatten(1)
+    sums = outputs.sums(difference, 9)
+    assert sums.shape == (5, 10, 5)
+    torch.testing.assert_close((sums * difference).sum(2).square().sum(0), difference.square().sum(1))
 
 
 def test_images_along_the_second_axis_are_found():
@@ -157,7 +169,7 @@ def test_the_report_says_what_was_solved():
 
 def test_it_is_part_of_the_default_and_can_be_left_out():
     states = []
-    for options in ({}, {"output_solves": 3}, {"output_solves": 0}):
+    for options in ({}, {"output_solves": 8}, {"output_solves": 0}):
         model = spherify(residual_net(), example_input=IMAGES[:2])
         calibrate(model, MANY, **options)
         states.append(model[0].weight.clone())
@@ -174,84 +186,106 @@ def test_norms_have_the_statistics_of_their_inputs_afterwards():
     torch.testing.assert_close(model[1].running_var, inputs.var((0, 2, 3)), rtol=1e-2, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------- mixes
+# ---------------------------------------------------------------------------------------------- changed images
 
 
-def brightness(batches) -> torch.Tensor:
-    """(N,) of images of one colour each."""
-    images = torch.cat(list(batches))
-    assert torch.equal(images, images[:, :1, :1, :1].expand_as(images))
-    return images[:, 0, 0, 0]
+def test_images_are_mirrored_and_moved_by_up_to_an_eighth_of_the_side():
+    images = image(64, 2, 16, 8)
+    changed = changed_images(images, torch.Generator().manual_seed(0))
+    wider = F.pad(images, (1, 1, 2, 2), mode="reflect")
+    seen = set()
+    for number in range(len(images)):
+        crops = {
+            (mirrored, down, right): wider[number, :, down : down + 16, right : right + 8].flip([2] if mirrored else [])
+            for mirrored in (False, True)
+            for down in range(5)
+            for right in range(3)
+        }
+        found = [key for key, crop in crops.items() if torch.equal(crop, changed[number])]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 20
 
 
-def test_seen_images_are_mixed_with_seen_ones_and_held_out_ones_with_held_out_ones():
+def test_images_are_changed_anew_for_each_solve_and_are_themselves_again_at_the_end():
     donor = residual_net()
-    images = torch.tensor([float(number) for number in range(40)]).view(40, 1, 1, 1).expand(40, 3, 12, 12)
-    images = torch.where(images < 30, images, images + 1000)
-    model = spherify(donor, example_input=images[:2]).eval()
-    pair = Pair(model, donor, images.split(10), half=False)
-    outputs = Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
-    outputs.draw(outputs.seen)
-    before, after = brightness(images.split(10)), brightness(pair.student.batches)
-    seen, held = after[:30], after[30:]
-    assert len(held) == 40 and len(held.unique()) > 35
-    assert outputs.seen == [0, 1, 2] and outputs.held == [3, 4, 5, 6]
-    torch.testing.assert_close(outputs.truths[6], donor(pair.student.batches[6]))
-    assert bool((seen <= 29).all()) and bool((held >= 1030).all())
-    assert int(after[:40].eq(before).sum()) < 5
-    torch.testing.assert_close(outputs.truths[3], donor(pair.student.batches[3]))
-    outputs.close()
-    assert torch.equal(brightness(pair.student.batches), before)
-    assert torch.equal(brightness(pair.donor.batches), before)
-
-
-def test_every_group_of_a_solve_has_mixes_of_its_own():
-    donor = residual_net()
-    model = spherify(donor, example_input=IMAGES[:2]).eval()
-    pair = Pair(model, donor, IMAGES.split(10), half=False)
-    outputs = Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
-    first, second = groups_of(outputs, 1000, 2)
-    assert first == second and sorted(first) == outputs.seen
+    outputs = outputs_for(donor, IMAGES)
+    world = outputs.pair.student
     drawn = []
     for _ in range(2):
         outputs.draw(outputs.seen)
-        drawn.append(torch.cat(list(pair.student.batches)))
+        drawn.append(torch.cat(world.batches[:4]))
+        torch.testing.assert_close(outputs.truths[3], donor(world.batches[3]))
     assert not torch.equal(*drawn)
+    assert outputs.held == [5, 4, 6, 7] and not torch.equal(world.batches[4], world.batches[7])
+    torch.testing.assert_close(outputs.truths[7], donor(world.batches[7]))
+    outputs.close()
+    for batches in (world.batches, outputs.pair.donor.batches):
+        assert torch.equal(torch.cat(batches), IMAGES)
 
 
-def test_an_image_has_at_least_half_of_its_mix():
-    images = torch.eye(64).view(64, 64, 1, 1)
-    mixed = torch.cat(mixed_images(images.split(16), torch.Generator().manual_seed(0))).flatten(1)
-    torch.testing.assert_close(mixed.sum(1), torch.ones(64))
-    own = mixed.diagonal()
-    assert 0.5 <= float(own.min()) < 0.55 and float(own.max()) > 0.95
-    assert bool(mixed.count_nonzero(1).le(2).all())
+def test_inputs_that_are_no_images_stay_as_they_are():
+    donor = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    inputs = image(40, 6)
+    outputs = outputs_for(donor, inputs)
+    outputs.draw(outputs.seen)
+    assert torch.equal(torch.cat(outputs.pair.student.batches), inputs)
 
 
-@pytest.mark.parametrize(
-    ("shape", "net"),
-    [
-        ((40, 6), lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))),
-        ((40, 3, 6, 6), lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))),
-    ],
-    ids=["no images", "no classes"],
-)
-def test_only_images_of_a_classifier_are_mixed(shape, net):
-    donor, inputs = net().eval(), torch.randn(shape)
-    model = spherify(donor, example_input=inputs[:2]).eval()
-    pair = Pair(model, donor, inputs.split(10), half=False)
-    Outputs(pair, torch.Generator().manual_seed(0), mixes=True)
-    assert torch.equal(torch.cat(list(pair.student.batches)), inputs)
+def test_a_group_holds_no_more_images_than_wanted_and_no_batch_twice():
+    outputs = outputs_for(residual_net(), IMAGES)
+    assert sorted(drawn_group(outputs, 100)) == outputs.seen
+    assert len(set(drawn_group(outputs, 25))) == 2
+    assert len(drawn_group(outputs, 5)) == 1
 
 
-def test_images_are_mixed_where_this_is_asked_for():
-    weights = []
-    for options in ({}, {"mix_images": True}, {"mix_images": False}):
-        model = spherify(residual_net(), example_input=IMAGES[:2])
-        calibrate(model, IMAGES, **options)
-        weights.append(model[0].weight.clone())
-    assert torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[0], weights[1])
+# ---------------------------------------------------------------------------------------------- subspaces
+
+
+def slopes_of(outputs: Outputs) -> tuple[list, list[torch.Tensor], dict[int, int]]:
+    unknowns, _ = unknowns_of(outputs.pair.student.recorded, 10**9, kept=True)
+    axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
+    return unknowns, equations_of(outputs, unknowns, axes, outputs.seen, 2)[0], axes
+
+
+def test_filters_without_memory_change_in_the_subspaces_that_hold_most_of_their_slopes():
+    outputs = outputs_for(residual_net())
+    unknowns, rows, axes = slopes_of(outputs)
+    size = sum(unknown.size for unknown in unknowns)
+    assert narrowed(unknowns, rows, size) == unknowns
+    found = narrowed(unknowns, rows, size // 2)
+    assert size // 8 < sum(unknown.size for unknown in found) <= size // 2
+    for unknown, full, slopes in zip(found, unknowns, rows, strict=True):
+        if isinstance(unknown, Subspace):
+            unfolded = slopes.unflatten(1, (len(unknown.left), -1))
+            kept = unknown.left @ unknown.left.T @ unfolded @ unknown.right @ unknown.right.T
+            assert kept.square().sum() > 0.6 * unfolded.square().sum()
+            played = play(outputs, unknowns, axes, outputs.seen[0], 2)[0]
+            rest = full.rows(played).unflatten(2, (len(unknown.left), -1))
+            torch.testing.assert_close(unknown.rows(played), (unknown.left.T @ rest @ unknown.right).flatten(2))
+
+
+def test_a_change_in_a_subspace_changes_the_outputs_as_its_rows_say():
+    outputs = outputs_for(residual_net())
+    unknowns, rows, axes = slopes_of(outputs)
+    found = narrowed(unknowns, rows, sum(unknown.size for unknown in unknowns) // 2)
+    unknown = next(unknown for unknown in found if isinstance(unknown, Subspace))
+    played, before, sums = play(outputs, found, axes, 0, 1)
+    change = 2e-5 * torch.randn(unknown.size, generator=torch.Generator().manual_seed(2))
+    expected = unknown.rows(played)[0] @ change
+    unknown.add_(change)
+    after = outputs_of(outputs.pair.student, outputs.output, [0])[0]
+    assert float(((sums[0] * (after - before)).sum(1) - expected).norm()) < 0.05 * float(expected.norm())
+
+
+def test_little_memory_still_brings_other_images_nearer(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("spherify.calibrate.solve"), "FLOATS_KEPT", 600_000)
+    donor = residual_net()
+    model = disturbed(donor)
+    before = error(model, donor)
+    done = solved(model, donor, MANY)
+    assert done.unknowns < 600
+    assert error(model, donor) < 0.7 * before
 
 
 # ---------------------------------------------------------------------------------------------- what it leaves
