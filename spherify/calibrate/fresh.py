@@ -23,15 +23,16 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
     """
     if not can_be_changed(images):
         return images
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    images = torch.where(mirrored.to(images.device), images.flip(3), images)
-    height, width = images.shape[2:]
-    down, right = height // SHIFT, width // SHIFT
-    wide = F.pad(images, (right, right, down, down), mode="reflect")
-    tops = torch.randint(0, 2 * down + 1, (len(images),), generator=generator).tolist()
-    lefts = torch.randint(0, 2 * right + 1, (len(images),), generator=generator).tolist()
-    cuts = zip(wide, tops, lefts, strict=True)
-    return torch.stack([image[:, top : top + height, left : left + width] for image, top, left in cuts])
+    count, _, height, width = images.shape
+    most = [side // SHIFT for side in (height, width)]
+    down, right = (torch.randint(2 * step + 1, (count, 1), generator=generator).to(images.device) for step in most)
+    mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
+    wider = F.pad(images, (most[1], most[1], most[0], most[0]), mode="reflect").movedim(1, -1)
+    rows = down + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = right + torch.where(mirrored, columns.flip(0), columns)
+    every = torch.arange(count, device=images.device)[:, None, None]
+    return wider[every, rows[:, :, None], columns[:, None]].movedim(-1, 1).contiguous()
 
 
 def patched(images: Tensor, generator: torch.Generator) -> Tensor:

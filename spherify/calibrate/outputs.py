@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from spherify.calibrate.fresh import can_be_changed, moved
 from spherify.calibrate.pair import Pair, angular_call
 from spherify.calibrate.parts import parts_of
 from spherify.calibrate.recorded import Recorded
@@ -19,7 +19,6 @@ from spherify.graph.flow import bits, weight_node
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 COPIES_HELD = 2  # of each held-out image, changed each in its own way: a few hard ones must not decide
-LARGEST_SHIFT = 0.125  # of a side
 MOST_PRODUCTS = 1e12  # multiplications of one pass over the images; of larger networks, fewer images are solved for
 
 
@@ -53,7 +52,7 @@ class Outputs:
             self.held.append(numbers.pop())
         self.seen = numbers
         self.image_batches = len(batches)
-        if are_images(batches[0]):
+        if can_be_changed(batches[0]):
             self.repeat_held(COPIES_HELD)
         self.truths = [torch.empty(0)] * len(self.images)
         self.draw(self.held)
@@ -63,8 +62,8 @@ class Outputs:
 
         The donor answers to the changed images, so that no label is needed. ``close`` gives the pair its own images.
         """
-        if are_images(self.images[0]):
-            self.put(numbers, [changed_images(self.images[number], self.generator) for number in numbers])
+        if can_be_changed(self.images[0]):
+            self.put(numbers, [moved(self.images[number], self.generator) for number in numbers])
         answers = outputs_of(self.pair.donor, self.pair.twin[self.output], numbers)
         for number, answer in zip(numbers, answers, strict=True):
             self.truths[number] = answer
@@ -115,28 +114,6 @@ class Outputs:
             return signs / math.sqrt(total)
         drawn = torch.randn(*truth.shape, min(count, total), generator=self.generator)
         return torch.linalg.qr(drawn).Q.to(truth).permute(2, 0, 1)
-
-
-def are_images(batch: Tensor) -> bool:
-    return batch.dim() == 4 and batch.is_floating_point()
-
-
-def changed_images(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored or not, and moved up, down and to the sides by up to LARGEST_SHIFT of the side.
-
-    Args:
-        images: (N, C, H, W); at the border, they go on as in a mirror.
-    """
-    count, _, height, width = images.shape
-    most = [int(LARGEST_SHIFT * side) for side in (height, width)]
-    down, right = (torch.randint(2 * step + 1, (count, 1), generator=generator).to(images.device) for step in most)
-    mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
-    wider = F.pad(images, (most[1], most[1], most[0], most[0]), mode="reflect").movedim(1, -1)
-    rows = down + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    columns = right + torch.where(mirrored, columns.flip(0), columns)
-    every = torch.arange(count, device=images.device)[:, None, None]
-    return wider[every, rows[:, :, None], columns[:, None]].movedim(-1, 1).contiguous()
 
 
 def has_comparable_outputs(pair: Pair) -> bool:

@@ -10,7 +10,8 @@ from networks import FromFunction, Residual, conv_bn, image
 from torch import nn
 
 from spherify import OptionError, calibrate, spherify
-from spherify.calibrate.outputs import Outputs, changed_images, image_axes, outputs_of
+from spherify.calibrate.fresh import moved
+from spherify.calibrate.outputs import Outputs, image_axes, outputs_of
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.solve import FEWEST_IMAGES, Solves, drawn_group, equations_of, play, solve_outputs_
 from spherify.calibrate.subspace import Subspace, narrowed
@@ -191,7 +192,7 @@ def test_norms_have_the_statistics_of_their_inputs_afterwards():
 
 def test_images_are_mirrored_and_moved_by_up_to_an_eighth_of_the_side():
     images = image(64, 2, 16, 8)
-    changed = changed_images(images, torch.Generator().manual_seed(0))
+    changed = moved(images, torch.Generator().manual_seed(0))
     wider = F.pad(images, (1, 1, 2, 2), mode="reflect")
     seen = set()
     for number in range(len(images)):
