@@ -163,11 +163,7 @@ def carry_out(
     solved = None
     if settings.output_solves:
         batches = [batch for part in parts for batch in part.split(math.ceil(len(part) / BATCHES_TO_SOLVE))]
-        solves = Solves(
-            count=settings.output_solves,
-            refits_kept=settings.refits_kept,
-            seed=settings.seed,
-        )
+        solves = Solves(count=settings.output_solves, refits_kept=settings.refits_kept, seed=settings.seed)
         solved = solve_outputs_(Pair(model, donor, batches, half=False), solves, progress)
     if method == "reconstruct":
         reconstruct_(model, donor, parts, Schedule(seed=settings.seed), progress)

@@ -57,7 +57,7 @@ class Backward(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they are turned off or cannot be had; ``why_not`` says why."""
+    """The compiled kernels, or None where they are turned off or cannot be had; ``state`` says why."""
     if os.environ.get("SPHERIFY_CPU_KERNELS") == "0":
         WHY_NOT.append("SPHERIFY_CPU_KERNELS is 0")
         return None
