@@ -141,7 +141,8 @@ class FoldedLinear(Folded, SphereLinear):
     """``SphereLinear`` for inference."""
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        weight = self.weight.detach()  # an owner that replaces F.linear by its very weight must not do so here
+        # detached: an owner that calls the layer for F.linear by its very weight must not do so here
+        weight = self.weight.detach()
         constants = (self.bias if bias is None else bias, self.gain, self.steepness)
         if (way := self.quick.way_for(x, weight, *constants)) is not None:
             return way(x, weight, constants[0])
