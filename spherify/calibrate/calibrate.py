@@ -16,7 +16,7 @@ from spherify.calibrate.distil import Schedule
 from spherify.calibrate.donor import donor_of, has_gains
 from spherify.calibrate.images import collected, is_large
 from spherify.calibrate.keep import become_, check_keep_worst, converted_without
-from spherify.calibrate.pair import Pair
+from spherify.calibrate.pair import Pair, Runs
 from spherify.calibrate.reconstruct import reconstruct_
 from spherify.calibrate.replay import departure
 from spherify.calibrate.report import LayerFit, Report, compared, layer_fits
@@ -120,18 +120,20 @@ def carried_out(
     with unharmed(model):
         layers: tuple[LayerFit, ...] = ()
         logits: LayerFit | None = None
-        problem = departure(model, donor, parts) if donor is not None else None
+        runs = Runs(model, donor) if donor is not None else None
+        problem = departure(model, donor, parts, runs) if donor is not None else None
         if problem is not None:
             refuse_what_needs_the_replay(model, method, problem)
-            donor, notes = None, (*notes, f"Not compared with the donor: {problem}.")
-        before = compared(model, donor, parts) if donor is not None else None
-        solved = carry_out(model, donor, parts, method, settings, progress)
+            donor, runs, notes = None, None, (*notes, f"Not compared with the donor: {problem}.")
+        before = compared(model, donor, parts, runs) if donor is not None else None
+        solved = carry_out(model, donor, parts, method, settings, progress, runs)
         notes = (*notes, *notes_on_solves(solved))
         if donor is not None and before is not None:
-            if (problem := departure(model, donor, parts)) is not None:  # with the new weights
+            if (problem := departure(model, donor, parts, runs)) is not None:  # with the new weights
                 refuse_what_needs_the_replay(model, method, problem)
-            layers, logits = layer_fits(before, compared(model, donor, parts))
+            layers, logits = layer_fits(before, compared(model, donor, parts, runs))
             notes = (*notes, *notes_on_output(logits))
+        notes = (*notes, *notes_on_file(runs))
     count = sum(len(part) for part in parts)
     return Report(method=method, images=count, seconds=0.0, layers=layers, logits=logits, notes=notes)
 
@@ -149,24 +151,33 @@ def refuse_what_needs_the_replay(model: nn.Module, method: str, problem: str) ->
 
 
 def carry_out(
-    model: nn.Module, donor: nn.Module | None, parts: list[Tensor], method: str, settings: Settings, progress: Progress
+    model: nn.Module,
+    donor: nn.Module | None,
+    parts: list[Tensor],
+    method: str,
+    settings: Settings,
+    progress: Progress,
+    runs: Runs | None,
 ) -> Solved | None:
     """Returns what the solves of the outputs did, None where there were none."""
     if method == "statistics":
         if donor is not None and has_gains(model):
-            match_statistics_(Pair(model, donor, parts, half=is_large(parts)), progress)
+            with Pair(model, donor, parts, half=is_large(parts), runs=runs) as pair:
+                match_statistics_(pair, progress)
         elif norms_of(model):
             average_norms_(model, parts)
         return None
     assert donor is not None
-    transplant_(Pair(model, donor, parts, half=is_large(parts)), settings, progress)
+    with Pair(model, donor, parts, half=is_large(parts), runs=runs) as pair:
+        transplant_(pair, settings, progress)
     solved = None
     if settings.output_solves:
         batches = [batch for part in parts for batch in part.split(math.ceil(len(part) / BATCHES_TO_SOLVE))]
         solves = Solves(count=settings.output_solves, refits_kept=settings.refits_kept, seed=settings.seed)
-        solved = solve_outputs_(Pair(model, donor, batches, half=False), solves, progress)
+        with Pair(model, donor, batches, half=False, runs=runs) as pair:
+            solved = solve_outputs_(pair, solves, progress)
     if method == "reconstruct":
-        reconstruct_(model, donor, parts, Schedule(seed=settings.seed), progress)
+        reconstruct_(model, donor, parts, Schedule(seed=settings.seed), progress, runs)
     return solved
 
 
@@ -192,6 +203,12 @@ def notes_on_output(logits: LayerFit) -> tuple[str, ...]:
     if math.isfinite(logits.error):
         return ()
     return ("The outputs were not compared: they hold NaN or infinite numbers, or the donor's are 0 throughout.",)
+
+
+def notes_on_file(runs: Runs | None) -> tuple[str, ...]:
+    if runs is None or not runs.written:
+        return ()
+    return (f"{runs.written / 1e9:.1f} GB of activations waited in a temporary file; TMPDIR names its folder.",)
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from spherify.calibrate.chain import bounds_after
 from spherify.calibrate.parts import Part, bits_of
 from spherify.calibrate.patches import Call, output_rows, patch_rows, sampled, unit_rows
 from spherify.calibrate.recorded import Recorded, aligned, sizes_of
 from spherify.calibrate.regression import Samples
+from spherify.calibrate.store import Store, most_held
 from spherify.calibrate.world import World
 from spherify.errors import ModelError, RewriteError
 from spherify.functional.sphere import sphere_conv, sphere_linear
@@ -26,20 +27,50 @@ from spherify.rewrite.apply import apply_, conversion_of
 FLOATS_KEPT = 100_000_000  # rows and targets of one layer: 400 MB in float32
 
 
+class Runs:
+    """Recorded runs of a converted network and its donor on images of one shape: each size of batch runs once.
+
+    Attributes:
+        written: bytes of the largest file in which values waited.
+    """
+
+    written = 0
+
+    def __init__(self, model: nn.Module, donor: nn.Module) -> None:
+        self.model, self.donor = model, as_recordable(donor, model)
+        self.graphs: dict[int, fx.Graph] = {}
+        self.donor_graphs: dict[int, fx.Graph] = {}
+
+    def over(self, batches: Sequence[Tensor]) -> tuple[Recorded, Recorded]:
+        """Of both networks, ready for these batches."""
+        both = Recorded(self.model, batches[0], self.graphs), Recorded(self.donor, batches[0], self.donor_graphs)
+        for batch in sizes_of(batches).values():
+            for recorded in both:
+                recorded.prepare(batch)
+        return both
+
+
 class Pair:
     """A converted network and its donor, advanced layer by layer over the same batches.
+
+    Args:
+        half: hold values in float16 where they fit.
+        runs: of the same two networks, where there are some.
 
     Attributes:
         student, donor: the two runs.
         twin: for a position of the student's run, that of the donor's.
+        store: of both runs' values that do not fit in memory; ``with`` closes it.
     """
 
-    def __init__(self, model: nn.Module, donor: nn.Module, batches: Sequence[Tensor], *, half: bool) -> None:
-        student_run, donor_run = Recorded(model, batches[0]), Recorded(as_recordable(donor, model), batches[0])
-        for batch in sizes_of(batches).values():
-            student_run.prepare(batch)
-            donor_run.prepare(batch)
-        self.student, self.donor = World(student_run, batches, half=half), World(donor_run, batches, half=half)
+    def __init__(
+        self, model: nn.Module, donor: nn.Module, batches: Sequence[Tensor], *, half: bool, runs: Runs | None = None
+    ) -> None:
+        self.runs = runs or Runs(model, donor)
+        student_run, donor_run = self.runs.over(batches)
+        self.store, most = Store(), most_held(batches[0].device) // 2
+        self.student = World(student_run, batches, half=half, store=self.store, most_held=most)
+        self.donor = World(donor_run, batches, half=half, store=self.store, most_held=most)
         self.twin = aligned(student_run, donor_run)
         for call in student_run.layer_calls():
             if call not in self.twin:
@@ -47,6 +78,13 @@ class Pair:
                     f"{student_run.path(call)}: the donor does not call it in the same place; give the network that "
                     "was converted, one that calls the same functions for every image."
                 )
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.runs.written = max(self.runs.written, self.store.end)
+        self.store.close()
 
     def answer_in_donor(self, part: Part, number: int) -> int:
         """Where the donor's answer to a part's call stands: behind its norm, be the student's there or not."""
@@ -142,7 +180,7 @@ class Gatherer:
         target, beside = truth, None
         if place is not None:
             check_finite(part.name, "the sum behind it in the donor", values[1])
-            other = student.widened(student.values[number][place[1]]).float()
+            other = student.value(number, place[1]).float()
             check_finite(part.name, "what is added to it in the converted model", other)
             target, beside = self.corrected(number, index, truth, values[1].float(), other)
         truth = output_rows(truth, call.is_conv)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.distil import BATCH, Schedule, batch_size, distil_
-from spherify.calibrate.pair import Pair
+from spherify.calibrate.pair import Pair, Runs
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments, norms_of
 
@@ -20,13 +20,15 @@ def reconstruct_(
     parts: Sequence[Tensor],
     schedule: Schedule,
     progress: Callable[[str], None] = lambda name: None,
+    runs: Runs | None = None,
 ) -> None:
     """Train the model on what the donor makes of fresh images; its norms then get the statistics of their inputs."""
     images = torch.cat(list(parts))
-    pair = Pair(model, donor, [images[: min(BATCH, len(images) // 4)]], half=False)
+    runs = runs or Runs(model, donor)
+    pair = Pair(model, donor, [images[: min(BATCH, len(images) // 4)]], half=False, runs=runs)
     size = batch_size(pair.student.recorded, len(images))
     if size != len(pair.student.batches[0]):
-        pair = Pair(model, donor, [images[:size]], half=False)
+        pair = Pair(model, donor, [images[:size]], half=False, runs=runs)
     distil_(pair, images, schedule, progress)
     settle_norms_(model, images.split(size))
 

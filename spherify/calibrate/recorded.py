@@ -75,6 +75,9 @@ def is_in_place(node: fx.Node) -> bool:
 class Recorded:
     """The nodes of a model's run in order; position by position the same for every size of batch.
 
+    Args:
+        graphs: of earlier runs on images of this shape, by size of batch; new ones are added.
+
     Attributes:
         nodes: of the first size of batch that was recorded.
         users: for each position, the positions that use its result.
@@ -83,9 +86,10 @@ class Recorded:
         outputs: positions of the model's outputs.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, graphs: dict[int, fx.Graph] | None = None) -> None:
         self.model = model
-        graph = graph_of(model, example)
+        self.graphs = {} if graphs is None else graphs
+        graph = self.graph_for(example)
         self.by_size = {len(example): list(graph.nodes)}
         self.nodes = self.by_size[len(example)]
         self.flow = Flow(graph)
@@ -95,6 +99,12 @@ class Recorded:
         self.users = [[self.position[user] for user in node.users] for node in self.nodes]
         self.outputs = [self.position[node] for node in self.nodes[-1].all_input_nodes]
 
+    def graph_for(self, batch: Tensor) -> fx.Graph:
+        """Of a batch of this size, recorded where no earlier run was."""
+        if len(batch) not in self.graphs:
+            self.graphs[len(batch)] = graph_of(self.model, batch)
+        return self.graphs[len(batch)]
+
     def prepare(self, batch: Tensor) -> None:
         """Record the run for the size of this batch, once.
 
@@ -103,7 +113,7 @@ class Recorded:
         """
         if len(batch) in self.by_size:
             return
-        nodes = list(graph_of(self.model, batch).nodes)
+        nodes = list(self.graph_for(batch).nodes)
         if [node.target for node in nodes] != [node.target for node in self.nodes]:
             raise ModelError(
                 f"{type(self.model).__name__} calls other functions for {len(batch)} images than for "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from spherify.calibrate.pair import Pair, angular_call
+from spherify.calibrate.pair import Pair, Runs, angular_call
 from spherify.calibrate.parts import layer_positions, parts_of
 from spherify.calibrate.world import World
 from spherify.graph.record import tensors_in
@@ -29,26 +29,26 @@ def ends_of(parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def departure(model: nn.Module, donor: nn.Module, parts: Sequence[Tensor]) -> str | None:
+def departure(model: nn.Module, donor: nn.Module, parts: Sequence[Tensor], runs: Runs | None = None) -> str | None:
     """Where the run recorded on the first few images is not the model's own on them, or on the last few.
 
     Returns:
         In words, the network and its first layer that departs; None where replay and model agree.
     """
-    pair = Pair(model, donor, ends_of(parts), half=False)
-    for part in parts_of(pair.student.recorded, kept=False):
-        for call in part.calls:
-            pair.student.overrides[call] = angular_call(part, pair.student.recorded.nodes[call].target)
-    for name, world in (("the donor", pair.donor), ("the converted model", pair.student)):
-        modes = [(module, module.training) for module in world.recorded.model.modules()]
-        try:
-            world.recorded.model.eval()
-            place = first_difference(world)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        if place is not None:
-            return f"{name} does not do for all images what was recorded for the first ({place})"
+    with Pair(model, donor, ends_of(parts), half=False, runs=runs) as pair:
+        for part in parts_of(pair.student.recorded, kept=False):
+            for call in part.calls:
+                pair.student.overrides[call] = angular_call(part, pair.student.recorded.nodes[call].target)
+        for name, world in (("the donor", pair.donor), ("the converted model", pair.student)):
+            modes = [(module, module.training) for module in world.recorded.model.modules()]
+            try:
+                world.recorded.model.eval()
+                place = first_difference(world)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+            if place is not None:
+                return f"{name} does not do for all images what was recorded for the first ({place})"
     return None
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spherify.calibrate.effects import Effects
-from spherify.calibrate.pair import Pair, angular_call
+from spherify.calibrate.outputs import products_of
+from spherify.calibrate.pair import Pair, Runs, angular_call
 from spherify.calibrate.parts import parts_of
 from spherify.errors import SpherifyError
 
 IMAGES_COMPARED = 128
+PRODUCTS_COMPARED = 1.5e11  # multiplications of one network; of larger ones, fewer images are compared
+SUMMED_AT_ONCE = 65_536  # squares in float32, before they are added in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,58 +130,66 @@ class Report:
         return Path(path)
 
 
-def compared(model: nn.Module, donor: nn.Module, parts: Sequence[torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Distances of all converted layers over the first images."""
-    first: list[torch.Tensor] = []
+def compared(
+    model: nn.Module, donor: nn.Module, parts: Sequence[Tensor], runs: Runs | None = None
+) -> dict[str, tuple[float, float]]:
+    """Relative error and cosine of each converted layer's outputs, the network's under "", over the first images.
+
+    Batch by batch, so that memory does not grow with the images.
+    """
+    runs, images = runs or Runs(model, donor), 0
+    sums: dict[str, Tensor] = {}
     for part in parts:
-        if sum(map(len, first)) < IMAGES_COMPARED:
-            first.append(part)
-    return distances(Pair(model, donor, first, half=False))
+        with Pair(model, donor, [part], half=False, runs=runs) as pair:
+            add_products(sums, pair)
+        images += len(part)
+        if images >= min(IMAGES_COMPARED, PRODUCTS_COMPARED / products_of(pair.student.recorded)):
+            break
+    return {name: (relative_error(total), cosine(total)) for name, total in sums.items()}
 
 
 @torch.no_grad()
-def distances(pair: Pair) -> dict[str, tuple[float, float]]:
-    """Relative error and cosine of each converted layer's outputs, and of the network's under ""."""
+def add_products(sums: dict[str, Tensor], pair: Pair) -> None:
+    """Add <s, s>, <s, d> and <d, d> of the student's and the donor's values, layer by layer."""
     student, donor = pair.student, pair.donor
-    parts = parts_of(student.recorded, kept=False)
     places: dict[str, list[int]] = {}
-    for part in parts:
+    for part in parts_of(student.recorded, kept=False):
         for call in part.calls:
             student.overrides[call] = angular_call(part, student.recorded.nodes[call].target)
         places.setdefault(part.name, []).extend(part.answers)
     places[""] = student.recorded.outputs
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in places}
     student.want([len(student.recorded.nodes) - 1])
     donor.want([len(donor.recorded.nodes) - 1])
+    values: list[Tensor] = []
     for name, positions in places.items():
+        total = sums.setdefault(name, torch.zeros(3, dtype=torch.float64))
         for position in positions:
-            add_products(sums[name], pair, position)
-    return {name: (relative_error(total), cosine(total)) for name, total in sums.items()}
+            student.advance([position], lambda number, found: values.extend(found))
+            donor.advance([pair.twin[position]], lambda number, found: values.extend(found))
+            total += products(values.pop(0), values.pop())
 
 
-def add_products(total: torch.Tensor, pair: Pair, position: int) -> None:
-    """Add <s, s>, <s, d> and <d, d> of the student's and the donor's values."""
-    mine: list[torch.Tensor] = []
-    pair.student.advance([position], lambda number, values: mine.append(values[0].double().cpu()))
-
-    def visit(number: int, values: list[torch.Tensor]) -> None:
-        theirs, own = values[0].double().cpu(), mine[number]
-        total.add_(torch.stack([(own * own).sum(), (own * theirs).sum(), (theirs * theirs).sum()]))
-
-    pair.donor.advance([pair.twin[position]], visit)
+def products(own: Tensor, theirs: Tensor) -> Tensor:
+    """<s, s>, <s, d> and <d, d>, by way of <s - d, s - d>, which may be much smaller."""
+    own, theirs = own.float().flatten(), theirs.float().flatten()
+    mine, donors, apart = (
+        torch.stack([part.dot(part) for part in value.split(SUMMED_AT_ONCE)]).double().sum().cpu()
+        for value in (own, theirs, own - theirs)
+    )
+    return torch.stack([mine, (mine + donors - apart) / 2, donors])
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
-def relative_error(total: torch.Tensor) -> float:
+def relative_error(total: Tensor) -> float:
     """nan where the donor answers 0 alone, as behind a norm whose weights are 0."""
     own, mixed, theirs = total.tolist()
     return math.sqrt(max(own - 2 * mixed + theirs, 0.0) / theirs) if theirs > 1e-30 else math.nan
 
 
-def cosine(total: torch.Tensor) -> float:
+def cosine(total: Tensor) -> float:
     own, mixed, theirs = total.tolist()
     return mixed / math.sqrt(own * theirs) if own * theirs > 1e-60 else math.nan
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spherify.calibrate.donor import donor_of
 from spherify.calibrate.effects import Effect, Effects
 from spherify.calibrate.images import collected, is_large
-from spherify.calibrate.pair import Pair
+from spherify.calibrate.pair import Pair, Runs
 from spherify.calibrate.replay import departure
 from spherify.calibrate.report import compared
 from spherify.calibrate.transplant import Settings, transplant_
@@ -79,8 +79,10 @@ def measured(
         single = copy.deepcopy(donor).eval()
         apply_(single, with_one_layer(plan, name))
         settings = Settings(seed=seed, refits_kept=False)
-        transplant_(Pair(single, donor, parts, half=is_large(parts)), settings)
-        error, cosine = compared(single, donor, parts)[""]
+        runs = Runs(single, donor)
+        with Pair(single, donor, parts, half=is_large(parts), runs=runs) as pair:
+            transplant_(pair, settings)
+        error, cosine = compared(single, donor, parts, runs)[""]
         effects.append(Effect(name=name, error=error, cosine=cosine))
     count = sum(len(part) for part in parts)
     return Effects(layers=tuple(effects), images=count, seconds=time.perf_counter() - started)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from spherify.calibrate.recorded import Recorded, is_in_place
+from spherify.calibrate.store import MOST_HELD, Store, bytes_held, fetched
 from spherify.graph.flow import bits
 
 HALF_RANGE = 6e4  # larger numbers do not fit float16
@@ -19,15 +20,26 @@ Override = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 class World:
     """The values of one network's run on all batches.
 
+    Between two calls of ``advance``, so many bytes of values wait in memory at most; the others are in the store.
+
     Attributes:
         overrides: by position, what is computed in the place of the recorded function.
-        values: for each batch, the values at hand by position.
+        values: for each batch, the values at hand by position, or where in the store they are.
         done: positions whose values were computed.
         wanted: positions that will be asked for, with all they depend on, as bits; the rest counts as done.
     """
 
-    def __init__(self, recorded: Recorded, batches: Sequence[Tensor], *, half: bool = False) -> None:
+    def __init__(
+        self,
+        recorded: Recorded,
+        batches: Sequence[Tensor],
+        *,
+        half: bool = False,
+        store: Store | None = None,
+        most_held: int = MOST_HELD,
+    ) -> None:
         self.recorded, self.batches, self.half = recorded, list(batches), half
+        self.store, self.most_held = store or Store(), most_held
         self.device = batches[0].device
         self.overrides: dict[int, Override] = {}
         self.values: list[dict[int, Any]] = [{0: batch} for batch in batches]
@@ -67,12 +79,42 @@ class World:
         for step in steps:
             done |= 1 << step
         last_use = self.last_uses(steps, done, targets)
-        for number in range(len(self.batches)):
+        held = sum(map(self.bytes_waiting, self.values))
+        for number, values in enumerate(self.values):
+            held -= self.bytes_waiting(values)
+            stored = self.fetch(number, steps)
             self.run(number, steps, last_use)
             if visit is not None:
-                visit(number, [self.widened(self.values[number][target]) for target in targets])
+                visit(number, [self.value(number, target) for target in targets])
+            values.update((position, place) for position, place in stored.items() if position in values)
+            for position in [position for position in values if not self.is_needed(position, done)]:
+                del values[position]
+            held = self.put_away(values, held)
         self.done = done
-        self.forget()
+
+    def fetch(self, number: int, steps: Iterable[int]) -> dict[int, Any]:
+        """Read what these steps use of a batch into memory, and return where it was."""
+        values, stored = self.values[number], {}
+        for node in {source for step in steps for source in self.recorded.nodes[step].all_input_nodes}:
+            position = self.recorded.position[node]
+            if position in values and (value := fetched(values[position])) is not values[position]:
+                stored[position], values[position] = values[position], value
+        return stored
+
+    def put_away(self, values: dict[int, Any], held: int) -> int:
+        """Write to the store what does not fit in memory beside ``held`` bytes; returns the bytes held then."""
+        for position, value in list(values.items()):
+            size = bytes_held(value) if position else 0
+            if size and held + size > self.most_held:
+                values[position] = self.store.put(value)
+                size = bytes_held(values[position])
+            held += size
+        return held
+
+    @staticmethod
+    def bytes_waiting(values: dict[int, Any]) -> int:
+        """Of one batch; its images, at position 0, are held anyway."""
+        return sum(bytes_held(value) for position, value in values.items() if position)
 
     def last_uses(self, steps: list[int], done: int, targets: Sequence[int]) -> dict[int, list[int]]:
         """For each step, the values that nothing needs after it."""
@@ -91,13 +133,6 @@ class World:
         """A wanted step that is not done uses its value."""
         return any(self.wanted >> user & 1 and not done >> user & 1 for user in self.recorded.users[position])
 
-    def forget(self, keep: Iterable[int] = ()) -> None:
-        kept = set(keep)
-        for values in self.values:
-            for position in list(values):
-                if position not in kept and not self.is_needed(position, self.done):
-                    del values[position]
-
     def run(self, number: int, steps: list[int], last_use: dict[int, list[int]]) -> None:
         values = self.values[number]
         for step in steps:
@@ -115,17 +150,21 @@ class World:
         override = self.overrides.get(position)
         return override(args, kwargs) if override is not None else apply(self.node(number, position), args, kwargs)
 
+    def value(self, number: int, position: int) -> Any:
+        """A value at hand, read from the store if it is there; as wide as it was computed."""
+        return self.widened(fetched(self.values[number][position]))
+
     def node(self, number: int, position: int) -> fx.Node:
         return self.recorded.by_size[len(self.batches[number])][position]
 
     def arguments(self, number: int, position: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the function is called with on one batch, from values at hand."""
-        values, weights = self.values[number], {}
+        weights: dict[fx.Node, Any] = {}
 
         def value_of(source: fx.Node) -> Any:
             index = self.recorded.position[source]
             if self.recorded.is_activation(index):
-                return self.widened(values[index])
+                return self.value(number, index)
             if source not in weights:
                 weights[source] = self.weight(source, value_of)
             return weights[source]
