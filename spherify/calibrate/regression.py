@@ -11,6 +11,7 @@ from torch import Tensor
 from spherify.errors import SpherifyError
 
 ROWS_AT_ONCE = 8192
+STRIP = 512  # columns of a matrix of products that are computed at once
 LEAST_RIDGE = 1e-6
 WIDE = 2000  # inputs; beyond, a factorisation takes seconds, and every other ridge is tried
 HELD_OUT = 0.2  # of the rows, to choose the ridge by
@@ -61,6 +62,26 @@ class Line:
         return torch.baddbmm(self.offset[:, None], rows, self.weight.mT)
 
 
+@dataclass
+class Sums:
+    """What a solve needs to know of its targets.
+
+    Attributes:
+        products: (G, D, O/G) sums of rows times targets.
+        targets: (G, O/G) sums of targets.
+    """
+
+    products: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, targets: Tensor) -> Sums:
+        return cls(products(rows, targets), totals(targets))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.products + other.products, self.targets + other.targets)
+
+
 class Equations:
     """The normal equations of shared rows, factorised once for any number of targets.
 
@@ -68,17 +89,17 @@ class Equations:
         rows: (G, R, D).
         ridge: relative to the mean square of a centred input.
         centred: fit an offset too.
-        products: (G, D, D) sums of products of the rows, where they are known.
+        squares: (G, D, D) sums of products of the rows, where they are known.
     """
 
-    def __init__(self, rows: Tensor, ridge: float, centred: bool, *, products: Tensor | None = None) -> None:
+    def __init__(self, rows: Tensor, ridge: float, centred: bool, *, squares: Tensor | None = None) -> None:
         self.rows, self.centred = rows, centred
         count = rows.shape[1]
         self.mean = rows.new_zeros(rows.shape[::2], dtype=torch.double)
         if centred:
-            self.mean = rows.mean(1, dtype=torch.float64)
-        self.raw = self.products(rows, rows) if products is None else products
-        self.gram = self.raw - count * self.mean[:, :, None] * self.mean[:, None]
+            self.mean = totals(rows) / count
+        self.squares = squares_of(rows) if squares is None else squares
+        self.gram = self.squares - count * self.mean[:, :, None] * self.mean[:, None]
         self.size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
         self.factorise(ridge)
 
@@ -95,29 +116,51 @@ class Equations:
             ridge = max(10.0 * ridge, LEAST_RIDGE)
         raise SpherifyError("a layer's activations are not finite; check the calibration images and the donor.")
 
-    @staticmethod
-    def products(left: Tensor, right: Tensor) -> Tensor:
-        """(G, D, O) sums over the rows, in float64 from blocks in the type of the rows."""
-        total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=torch.float64)
-        for a, b in zip(left.split(ROWS_AT_ONCE, 1), right.split(ROWS_AT_ONCE, 1), strict=True):
-            total += a.mT @ b
-        return total
-
     def solve(self, targets: Tensor, prior: Tensor) -> Line:
         """The map with the least squared error, drawn towards ``prior`` (G, O/G, D) by the ridge."""
-        rows, count = self.rows, self.rows.shape[1]
-        if self.centred:
-            target_mean = targets.mean(1, dtype=torch.float64)
-        else:
-            target_mean = torch.zeros_like(prior[:, :, 0], dtype=torch.double)
-        right = self.products(rows, targets) - count * self.mean[:, :, None] * target_mean[:, None]
+        return self.solve_for(Sums.of(self.rows, targets), prior)
+
+    def solve_for(self, sums: Sums, prior: Tensor) -> Line:
+        """The same, of the targets with these sums."""
+        count = self.rows.shape[1]
+        target_mean = sums.targets / count if self.centred else torch.zeros_like(sums.targets)
+        right = sums.products - count * self.mean[:, :, None] * target_mean[:, None]
         right += self.ridge[:, None, None] * prior.mT.double()
         weight = torch.cholesky_solve(right, self.factor).mT  # (G, O/G, D)
         offset = target_mean - (weight @ self.mean[:, :, None])[:, :, 0]
-        return Line(weight.to(rows.dtype), offset.to(rows.dtype))
+        return Line(weight.to(self.rows.dtype), offset.to(self.rows.dtype))
 
 
-def chosen_equations(samples: Samples, prior: Tensor, ridges: Sequence[float], *, centred: bool) -> Equations:
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """(G, D, O) sums over the rows, in float64 from blocks in the type of the rows."""
+    total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=torch.float64)
+    for a, b in zip(left.split(ROWS_AT_ONCE, 1), right.split(ROWS_AT_ONCE, 1), strict=True):
+        total += a.mT @ b
+    return total
+
+
+def squares_of(rows: Tensor) -> Tensor:
+    """(G, D, D) sums of products of the rows with themselves: strips of the lower half, mirrored."""
+    groups, _, width = rows.shape
+    total = rows.new_zeros(groups, width, width, dtype=torch.float64)
+    for block in rows.split(ROWS_AT_ONCE, 1):
+        for start in range(0, width, STRIP):
+            strip = block[:, :, start : start + STRIP]
+            end = start + strip.shape[2]
+            total[:, start:end, :end] += strip.mT @ block[:, :, :end]
+    for start in range(STRIP, width, STRIP):
+        total[:, :start, start : start + STRIP] = total[:, start : start + STRIP, :start].mT
+    return total
+
+
+def totals(values: Tensor) -> Tensor:
+    """(G, O) sums of (G, R, O) over the rows, summed as ``products`` are."""
+    return products(values.new_ones(values.shape[0], values.shape[1], 1), values)[:, 0]
+
+
+def chosen_equations(
+    samples: Samples, prior: Tensor, ridges: Sequence[float], *, centred: bool
+) -> tuple[Equations, Sums]:
     """The equations of all rows, with the ridge whose map, fitted to the first, errs least on the last of them.
 
     Rows are in the order of the images, so that the last ones are of other images.
@@ -126,16 +169,19 @@ def chosen_equations(samples: Samples, prior: Tensor, ridges: Sequence[float], *
     count = rows.shape[1]
     kept = count - max(1, int(HELD_OUT * count))
     if len(ridges) == 1 or kept < 2:
-        return Equations(rows, ridges[0], centred)
+        return Equations(rows, ridges[0], centred), Sums.of(rows, targets)
     ridges = ridges[1::2] if rows.shape[2] > WIDE and len(ridges) > 3 else ridges
     equations = Equations(rows[:, :kept], ridges[0], centred)
+    sums = Sums.of(rows[:, :kept], targets[:, :kept])
     held, truth = rows[:, kept:], targets[:, kept:]
     errors = []
     for ridge in ridges:
-        equations.factorise(ridge)
-        errors.append(float((equations.solve(targets[:, :kept], prior)(held) - truth).square().mean()))
+        if ridge != equations.chosen:
+            equations.factorise(ridge)
+        errors.append(float((equations.solve_for(sums, prior)(held) - truth).square().mean()))
     best = ridges[errors.index(min(errors))]
-    return Equations(rows, best, centred, products=equations.raw + Equations.products(held, held))
+    every = Equations(rows, best, centred, squares=equations.squares + squares_of(held))
+    return every, sums + Sums.of(held, truth)
 
 
 def fitted(
@@ -146,9 +192,9 @@ def fitted(
     One-sided targets are moved to the answers where the activation is flat, and the map is solved again, ``rounds``
     times; each round lowers the one-sided error (it minimises an upper bound that touches it).
     """
-    equations = chosen_equations(samples, prior, ridges, centred=centred)
+    equations, sums = chosen_equations(samples, prior, ridges, centred=centred)
     targets = samples.targets
-    line = equations.solve(targets, prior)
+    line = equations.solve_for(sums, prior)
     for _ in range(rounds if samples.is_one_sided else 0):
         targets = samples.targets_near(line(samples.rows))
         line = equations.solve(targets, prior)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from spherify.calibrate.regression import Equations, Samples, chosen_equations, fitted, scale_and_shift
+from spherify.calibrate.regression import (
+    Equations,
+    Samples,
+    chosen_equations,
+    fitted,
+    products,
+    scale_and_shift,
+    squares_of,
+)
 
 
 def random(*shape, seed=0):
@@ -74,5 +82,15 @@ def test_scale_and_shift_recover_a_line():
 def test_the_ridge_is_chosen_by_what_was_held_out():
     rows, prior = random(1, 60, 50), torch.zeros(1, 1, 50).double()
     signal = rows[:, :, :1] * 1.0
-    assert chosen_equations(Samples(rows, signal), signal.new_zeros(1, 1, 50), (1e-4, 1e3), centred=True).chosen == 1e-4
-    assert chosen_equations(Samples(rows, random(1, 60, 1, seed=5)), prior, (1e-4, 1e3), centred=True).chosen == 1e3
+    of_signal, sums = chosen_equations(Samples(rows, signal), signal.new_zeros(1, 1, 50), (1e-4, 1e3), centred=True)
+    assert of_signal.chosen == 1e-4
+    torch.testing.assert_close(sums.products, rows.mT @ signal)
+    torch.testing.assert_close(sums.targets, signal.sum(1))
+    of_noise, _ = chosen_equations(Samples(rows, random(1, 60, 1, seed=5)), prior, (1e-4, 1e3), centred=True)
+    assert of_noise.chosen == 1e3
+
+
+@pytest.mark.parametrize("width", [1, 512, 513, 1100])
+def test_products_of_rows_with_themselves_are_those_of_any_two(width):
+    rows = random(2, 40, width)
+    torch.testing.assert_close(squares_of(rows), products(rows, rows))
