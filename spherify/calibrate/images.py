@@ -11,7 +11,7 @@ from torch import Tensor
 from spherify.errors import OptionError
 
 FEWEST_IMAGES = 8
-PIXELS_AT_ONCE = 1_600_000
+PIXELS_AT_ONCE = 400_000  # eight images of 224 pixels; of more, results lie outside the caches, and each takes longer
 MOST_AT_ONCE = 128
 
 

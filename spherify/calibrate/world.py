@@ -218,13 +218,16 @@ class World:
 def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The recorded function, kept from writing into values that others may need."""
     target: Any = node.target
-    if is_in_place(node) and args and isinstance(args[0], Tensor):
+    if kwargs.get("inplace"):
+        kwargs = {**kwargs, "inplace": False}
+    elif is_in_place(node) and args and isinstance(args[0], Tensor):
         args = (args[0].clone(), *args[1:])
     return target(*args, **kwargs)
 
 
 def narrowed(value: Any) -> Any:
     """In float16 where the numbers allow it."""
-    if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.abs().max() > HALF_RANGE:
+    if not isinstance(value, Tensor) or value.dtype != torch.float32 or not value.numel():
         return value
-    return value.half()
+    least, most = value.aminmax()
+    return value if most > HALF_RANGE or least < -HALF_RANGE else value.half()
