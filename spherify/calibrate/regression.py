@@ -179,9 +179,10 @@ def chosen_equations(
         if ridge != equations.chosen:
             equations.factorise(ridge)
         errors.append(float((equations.solve_for(sums, prior)(held) - truth).square().mean()))
-    best = ridges[errors.index(min(errors))]
-    every = Equations(rows, best, centred, squares=equations.squares + squares_of(held))
-    return every, sums + Sums.of(held, truth)
+    best, squares = ridges[errors.index(min(errors))], equations.squares
+    del equations  # four matrices of D x D
+    squares += squares_of(held)
+    return Equations(rows, best, centred, squares=squares), sums + Sums.of(held, truth)
 
 
 def fitted(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spherify.errors import FileError
 
-MOST_HELD = 2_000_000_000  # bytes of the waiting values of a student and its donor that stay in memory
+MOST_HELD = 1_000_000_000  # bytes of the waiting values of a student and its donor that stay in memory
 SHARE_OF_DEVICE = 0.5  # of an accelerator's free memory, where that is more
 
 
