@@ -44,7 +44,7 @@ def sensitivity(
         model: what ``spherify`` returned; it is not changed, and of its weights only the donor's matter.
         batches: of input tensors (N, ...) or of (inputs, targets); targets are not looked at.
         donor: the network before its conversion. Without it, it is taken from ``model`` as in ``calibrate``.
-        images: use so many at most; the outputs are compared on the first 128 or so.
+        images: use so many at most; the outputs are compared on the first 128 or so, fewer in large networks.
         seed: of the positions drawn.
         progress: called with the name of each layer before it is worked on.
 

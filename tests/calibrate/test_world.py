@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from networks import Residual, image, small_net, timm_model
+import torch.nn.functional as F
+from networks import FromFunction, Residual, image, small_net, timm_model
 
 from spherify.calibrate.blocks import blocks_of, cuts_of
 from spherify.calibrate.chain import bounds_after, norm_after, sum_after
@@ -43,6 +44,22 @@ def test_values_that_nothing_needs_any_more_are_dropped():
     with torch.no_grad():
         world.advance([source])
     assert set(world.values[0]) == {source}
+
+
+@pytest.mark.parametrize("function", [lambda x: F.relu(x, inplace=True), lambda x: x.add_(1.0)])
+def test_a_function_in_place_does_not_write_into_values_that_wait(function):
+    model = FromFunction(lambda m, x: function(m.conv(x)), conv=torch.nn.Conv2d(3, 4, 3)).eval()
+    recorded = Recorded(model, image(2, 3, 16, 16))
+    world = World(recorded, [image(2, 3, 16, 16)])
+    world.want([len(recorded.nodes) - 1])
+    call = recorded.layer_calls()[0]
+    with torch.no_grad():
+        world.advance([call])
+        before = world.values[0][call].clone()
+        answer = world.call(0, recorded.outputs[0])
+    assert torch.equal(world.values[0][call], before)
+    assert torch.equal(answer, function(before))
+    assert not torch.equal(answer, world.values[0][call])
 
 
 def test_what_follows_a_layer():
