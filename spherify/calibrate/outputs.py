@@ -104,16 +104,20 @@ class Outputs:
         return sum(float(error.square().sum()) for error in errors) / sum(error.numel() for error in errors)
 
     def sums(self, truth: Tensor, count: int) -> Tensor:
-        """(count, N, ...): random sums of each image's outputs, the mean of whose squares is the mean square of these.
+        return random_sums(truth, count, self.generator)
 
-        As many sums of (N, M) outputs as there are outputs give it exactly.
-        """
-        total = truth[0].numel()
-        if truth.dim() > 2:
-            signs = torch.randint(2, (count, *truth.shape), generator=self.generator).to(truth) * 2.0 - 1.0
-            return signs / math.sqrt(total)
-        drawn = torch.randn(*truth.shape, min(count, total), generator=self.generator)
-        return torch.linalg.qr(drawn).Q.to(truth).permute(2, 0, 1)
+
+def random_sums(outputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, N, ...): random sums of each image's outputs, the mean of whose squares is the mean square of these.
+
+    As many sums of (N, M) outputs as there are outputs give it exactly.
+    """
+    total = outputs[0].numel()
+    if outputs.dim() > 2:
+        signs = torch.randint(2, (count, *outputs.shape), generator=generator).to(outputs) * 2.0 - 1.0
+        return signs / math.sqrt(total)
+    drawn = torch.randn(*outputs.shape, min(count, total), generator=generator)
+    return torch.linalg.qr(drawn).Q.to(outputs).permute(2, 0, 1)
 
 
 def has_comparable_outputs(pair: Pair) -> bool:

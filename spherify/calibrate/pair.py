@@ -24,6 +24,7 @@ from spherify.layers.timm_convs import StandardisedFilters
 from spherify.plan.options import Options
 from spherify.rewrite.apply import apply_, conversion_of
 
+LEAST_WEIGHT = 1e-2  # of a row on which no output depends; the mean is 1
 FLOATS_KEPT = 100_000_000  # rows and targets of one layer: 400 MB in float32
 
 
@@ -136,10 +137,23 @@ def angular_call(part: Part, function: Any) -> Any:
 
 
 class Gatherer:
-    """Rows, targets and what stands beside them, for one part, sampled over all batches."""
+    """Rows, targets and what stands beside them, for one part, sampled over all batches.
 
-    def __init__(self, pair: Pair, part: Part, *, rows_wanted: int, corrects: bool, seed: int) -> None:
-        self.pair, self.part = pair, part
+    Args:
+        weights: of the rows, by answer and batch.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        part: Part,
+        *,
+        rows_wanted: int,
+        corrects: bool,
+        seed: int,
+        weights: dict[int, list[Tensor]] | None = None,
+    ) -> None:
+        self.pair, self.part, self.given_weights = pair, part, weights or {}
         self.generator = torch.Generator().manual_seed(seed)
         recorded = pair.student.recorded
         own = bits_of(part.calls)
@@ -152,6 +166,7 @@ class Gatherer:
         self.targets: list[Tensor] = []
         self.truths: list[Tensor] = []
         self.beside: list[Tensor] = []
+        self.weights: list[Tensor] = []
 
     def gather(self) -> None:
         student, donor, twin = self.pair.student, self.pair.donor, self.pair.twin
@@ -193,6 +208,8 @@ class Gatherer:
             if isinstance(part.module, StandardisedFilters):
                 rows = rows - rows.mean(2, keepdim=True)
         self.rows.append(rows)
+        if part.answers[index] in self.given_weights:
+            self.weights.append(self.given_weights[part.answers[index]][number][chosen].float())
 
         def split(values: Tensor) -> Tensor:
             return output_rows(values, call.is_conv)[chosen].unflatten(1, (groups, -1)).transpose(0, 1)
@@ -231,6 +248,7 @@ class Gatherer:
         targets = torch.cat(self.targets, 1) if self.targets else truths
         samples = Samples(torch.cat(self.rows, 1), targets)
         self.rows.clear()
+        samples.weights = self.normalised_weights(samples.rows.shape[1])
         if one_sided and len(self.part.calls) == 1:
             run, place = self.pair.student.recorded, self.part.sums[0] if self.corrects else None
             behind = place[0] if place and self.beside else self.part.answers[0]
@@ -238,6 +256,14 @@ class Gatherer:
                 samples.low, samples.high = bounds_after(run, behind)
                 samples.beside = torch.cat(self.beside, 1) if self.beside else None
         return samples, truths
+
+    def normalised_weights(self, count: int) -> Tensor | None:
+        """(count,) with a mean of 1, or None where there are none for every row, or all are 0."""
+        weights = torch.cat(self.weights) if self.weights else torch.empty(0)
+        mean = weights.mean() if len(weights) == count else 0.0
+        if not mean > 0.0:
+            return None
+        return (weights / mean + LEAST_WEIGHT) / (1.0 + LEAST_WEIGHT)
 
 
 def check_finite(name: str, what: str, values: Tensor) -> None:

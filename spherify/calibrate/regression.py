@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Samples:
         targets: (G, R, O/G) what the layer should answer.
         beside: (G, R, O/G) what is added to the answer before the activation, or None where nothing is.
         low, high: bounds of the activation; beyond them it is flat, and any answer beyond is as good.
+        weights: (R,) of the rows, 1 in the mean, or None where all count alike.
     """
 
     rows: Tensor
@@ -33,6 +34,7 @@ class Samples:
     beside: Tensor | None = None
     low: float | None = None
     high: float | None = None
+    weights: Tensor | None = None
 
     @property
     def is_one_sided(self) -> bool:
@@ -75,8 +77,8 @@ class Sums:
     targets: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, targets: Tensor) -> Sums:
-        return cls(products(rows, targets), totals(targets))
+    def of(cls, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> Sums:
+        return cls(products(rows, targets, weights), totals(targets, weights))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.products + other.products, self.targets + other.targets)
@@ -90,17 +92,26 @@ class Equations:
         ridge: relative to the mean square of a centred input.
         centred: fit an offset too.
         squares: (G, D, D) sums of products of the rows, where they are known.
+        weights: (R,) of the rows.
     """
 
-    def __init__(self, rows: Tensor, ridge: float, centred: bool, *, squares: Tensor | None = None) -> None:
-        self.rows, self.centred = rows, centred
-        count = rows.shape[1]
+    def __init__(
+        self,
+        rows: Tensor,
+        ridge: float,
+        centred: bool,
+        *,
+        squares: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.rows, self.centred, self.weights = rows, centred, weights
+        self.count = float(rows.shape[1] if weights is None else weights.double().sum())
         self.mean = rows.new_zeros(rows.shape[::2], dtype=torch.double)
         if centred:
-            self.mean = totals(rows) / count
-        self.squares = squares_of(rows) if squares is None else squares
-        self.gram = self.squares - count * self.mean[:, :, None] * self.mean[:, None]
-        self.size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * count)
+            self.mean = totals(rows, weights) / self.count
+        self.squares = squares_of(rows, weights) if squares is None else squares
+        self.gram = self.squares - self.count * self.mean[:, :, None] * self.mean[:, None]
+        self.size = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12 * self.count)
         self.factorise(ridge)
 
     def factorise(self, ridge: float) -> None:
@@ -118,34 +129,40 @@ class Equations:
 
     def solve(self, targets: Tensor, prior: Tensor) -> Line:
         """The map with the least squared error, drawn towards ``prior`` (G, O/G, D) by the ridge."""
-        return self.solve_for(Sums.of(self.rows, targets), prior)
+        return self.solve_for(Sums.of(self.rows, targets, self.weights), prior)
 
     def solve_for(self, sums: Sums, prior: Tensor) -> Line:
         """The same, of the targets with these sums."""
-        count = self.rows.shape[1]
-        target_mean = sums.targets / count if self.centred else torch.zeros_like(sums.targets)
-        right = sums.products - count * self.mean[:, :, None] * target_mean[:, None]
+        target_mean = sums.targets / self.count if self.centred else torch.zeros_like(sums.targets)
+        right = sums.products - self.count * self.mean[:, :, None] * target_mean[:, None]
         right += self.ridge[:, None, None] * prior.mT.double()
         weight = torch.cholesky_solve(right, self.factor).mT  # (G, O/G, D)
         offset = target_mean - (weight @ self.mean[:, :, None])[:, :, 0]
         return Line(weight.to(self.rows.dtype), offset.to(self.rows.dtype))
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
+def weighted_blocks(rows: Tensor, weights: Tensor | None) -> Iterator[Tensor]:
+    """(G, some rows, D) blocks one after the other, each row times its weight."""
+    for first, block in enumerate(rows.split(ROWS_AT_ONCE, 1)):
+        start = first * ROWS_AT_ONCE
+        yield block if weights is None else block * weights[start : start + ROWS_AT_ONCE, None].to(block)
+
+
+def products(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
     """(G, D, O) sums over the rows, in float64 from blocks in the type of the rows."""
     total = left.new_zeros(left.shape[0], left.shape[2], right.shape[2], dtype=torch.float64)
-    for a, b in zip(left.split(ROWS_AT_ONCE, 1), right.split(ROWS_AT_ONCE, 1), strict=True):
+    for a, b in zip(left.split(ROWS_AT_ONCE, 1), weighted_blocks(right, weights), strict=True):
         total += a.mT @ b
     return total
 
 
-def squares_of(rows: Tensor) -> Tensor:
+def squares_of(rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """(G, D, D) sums of products of the rows with themselves: strips of the lower half, mirrored."""
     groups, _, width = rows.shape
     total = rows.new_zeros(groups, width, width, dtype=torch.float64)
-    for block in rows.split(ROWS_AT_ONCE, 1):
+    for block, weighted in zip(rows.split(ROWS_AT_ONCE, 1), weighted_blocks(rows, weights), strict=True):
         for start in range(0, width, STRIP):
-            strip = block[:, :, start : start + STRIP]
+            strip = weighted[:, :, start : start + STRIP]
             end = start + strip.shape[2]
             total[:, start:end, :end] += strip.mT @ block[:, :, :end]
     for start in range(STRIP, width, STRIP):
@@ -153,9 +170,9 @@ def squares_of(rows: Tensor) -> Tensor:
     return total
 
 
-def totals(values: Tensor) -> Tensor:
+def totals(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """(G, O) sums of (G, R, O) over the rows, summed as ``products`` are."""
-    return products(values.new_ones(values.shape[0], values.shape[1], 1), values)[:, 0]
+    return products(values.new_ones(values.shape[0], values.shape[1], 1), values, weights)[:, 0]
 
 
 def chosen_equations(
@@ -165,24 +182,26 @@ def chosen_equations(
 
     Rows are in the order of the images, so that the last ones are of other images.
     """
-    rows, targets = samples.rows, samples.targets
+    rows, targets, weights = samples.rows, samples.targets, samples.weights
     count = rows.shape[1]
     kept = count - max(1, int(HELD_OUT * count))
     if len(ridges) == 1 or kept < 2:
-        return Equations(rows, ridges[0], centred), Sums.of(rows, targets)
+        return Equations(rows, ridges[0], centred, weights=weights), Sums.of(rows, targets, weights)
     ridges = ridges[1::2] if rows.shape[2] > WIDE and len(ridges) > 3 else ridges
-    equations = Equations(rows[:, :kept], ridges[0], centred)
-    sums = Sums.of(rows[:, :kept], targets[:, :kept])
+    seen, unseen = (None, None) if weights is None else (weights[:kept], weights[kept:])
+    equations = Equations(rows[:, :kept], ridges[0], centred, weights=seen)
+    sums = Sums.of(rows[:, :kept], targets[:, :kept], seen)
     held, truth = rows[:, kept:], targets[:, kept:]
     errors = []
     for ridge in ridges:
         if ridge != equations.chosen:
             equations.factorise(ridge)
-        errors.append(float((equations.solve_for(sums, prior)(held) - truth).square().mean()))
+        squared = (equations.solve_for(sums, prior)(held) - truth).square()
+        errors.append(float((squared if unseen is None else squared * unseen[:, None]).mean()))
     best, squares = ridges[errors.index(min(errors))], equations.squares
     del equations  # four matrices of D x D
-    squares += squares_of(held)
-    return Equations(rows, best, centred, squares=squares), sums + Sums.of(held, truth)
+    squares += squares_of(held, unseen)
+    return Equations(rows, best, centred, squares=squares, weights=weights), sums + Sums.of(held, truth, unseen)
 
 
 def fitted(
@@ -202,12 +221,16 @@ def fitted(
     return line, targets
 
 
-def scale_and_shift(values: Tensor, targets: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+def scale_and_shift(
+    values: Tensor, targets: Tensor, *, centred: bool, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """For each output, the factor and offset that bring values nearest to targets: (G, R, O) to twice (G, O)."""
+    weight = 1.0 if weights is None else weights[:, None].to(values) / weights.mean()
     if not centred:
-        scale = (values * targets).sum(1) / values.square().sum(1).clamp_min(1e-20)
+        scale = (weight * values * targets).sum(1) / (weight * values.square()).sum(1).clamp_min(1e-20)
         return scale, torch.zeros_like(scale)
-    value_mean, target_mean = values.mean(1), targets.mean(1)
+    value_mean, target_mean = (weight * values).mean(1), (weight * targets).mean(1)
     spread = values - value_mean[:, None]
-    scale = (spread * (targets - target_mean[:, None])).sum(1) / spread.square().sum(1).clamp_min(1e-20)
+    products = (weight * spread * (targets - target_mean[:, None])).sum(1)
+    scale = products / (weight * spread.square()).sum(1).clamp_min(1e-20)
     return scale, target_mean - scale * value_mean

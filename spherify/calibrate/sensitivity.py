@@ -78,7 +78,7 @@ def measured(
             progress(name)
         single = copy.deepcopy(donor).eval()
         apply_(single, with_one_layer(plan, name))
-        settings = Settings(seed=seed, refits_kept=False)
+        settings = Settings(seed=seed, refits_kept=False, weighs_rows=False)
         runs = Runs(single, donor)
         with Pair(single, donor, parts, half=is_large(parts), runs=runs) as pair:
             transplant_(pair, settings)

@@ -12,6 +12,7 @@ from spherify.calibrate.absorb import write_direction_, write_scale_
 from spherify.calibrate.pair import Gatherer, Pair, angular_call, rows_wanted
 from spherify.calibrate.parts import Part, in_working_order, parts_of, unit
 from spherify.calibrate.regression import fitted, scale_and_shift
+from spherify.calibrate.slopes import row_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Settings:
         rows: at most so many rows a layer.
         corrects_sums: the last layer of a residual branch makes up for the error of the sum.
         refits_kept: plain layers whose inputs changed are fitted too.
+        weighs_rows: the more the donor's outputs depend on a position, the more it counts.
         output_solves: at most so many linear solves of the network's outputs at the end; 0 for none.
         seed: of the sample of positions.
     """
@@ -33,6 +35,7 @@ class Settings:
     rows: int = 40_000
     corrects_sums: bool = True
     refits_kept: bool = True
+    weighs_rows: bool = True
     output_solves: int = 8
     seed: int = 0
 
@@ -66,6 +69,7 @@ def transplant_(pair: Pair, settings: Settings, progress: Callable[[str], None] 
     ordered = in_working_order(run, chosen)
     pair.student.want([len(run.nodes) - 1])
     pair.donor.want([len(pair.donor.recorded.nodes) - 1])
+    weights = row_weights(pair, ordered, settings.seed) if settings.weighs_rows else None
     fits = []
     for number, part in enumerate(ordered):
         progress(part.name)
@@ -74,6 +78,7 @@ def transplant_(pair: Pair, settings: Settings, progress: Callable[[str], None] 
             part,
             rows_wanted=rows_wanted(part, settings.rows),
             corrects=settings.corrects_sums,
+            weights=weights,
             seed=settings.seed + number,
         )
         gatherer.gather()
@@ -88,16 +93,16 @@ def fit_(part: Part, gatherer: Gatherer, settings: Settings) -> Fit:
     """
     samples, truths = gatherer.samples(settings.rounds > 0)
     run = gatherer.pair.student.recorded
-    centred = part.can_shift(run)
+    centred, weights = part.can_shift(run), samples.weights
     groups = samples.rows.shape[0]
     old = part.filters.detach().flatten(1).float().unflatten(0, (groups, -1))
     directions, _ = unit(old)
-    scale, _ = scale_and_shift(samples.rows @ directions.mT, samples.targets, centred=centred)
+    scale, _ = scale_and_shift(samples.rows @ directions.mT, samples.targets, centred=centred, weights=weights)
     prior = directions * scale[:, :, None]
     line, targets = fitted(samples, prior, ridges=settings.ridges, rounds=settings.rounds, centred=centred)
     new, _ = unit(line.weight)
     response = part.response(samples.rows @ new.mT)
-    scale, shift = scale_and_shift(response, targets, centred=centred)
+    scale, shift = scale_and_shift(response, targets, centred=centred, weights=weights)
     write_(part, new, scale, shift, response)
     answers = response * scale[:, None] + shift[:, None]
     return fit_of(part.name, answers, truths)
