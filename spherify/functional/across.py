@@ -75,8 +75,8 @@ def take_off_along(by_weight: Tensor, by_x: Tensor, weight: Tensor, inverse_leng
         return
     rows = weight.shape[0]
     shape = (rows, weight.numel() // rows)
-    flat = (tensor.as_strided(shape, (shape[1], 1)) for tensor in (by_weight, weight))
-    cpu_kernels.subtract_own_(*flat, inverse_length)
+    by_rows, rows_of_weight = (tensor.as_strided(shape, (shape[1], 1)) for tensor in (by_weight, weight))
+    cpu_kernels.subtract_own_(by_rows, rows_of_weight, inverse_length)
 
 
 def lie_alike(one: Tensor, other: Tensor) -> bool:
