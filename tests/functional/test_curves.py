@@ -140,3 +140,18 @@ def test_folded_layers_use_them_and_see_a_change_of_k(operator, monkeypatch):
         monkeypatch.setattr(folded_functions, "curve_of", lambda *_: None)
         for one in found:
             assert_close(one, copy.deepcopy(folded)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_first_call_under_autocast_spoils_nothing(mode):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 12, 12)
+    model = spherify(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(10, 7)), operator="learnable", example_input=x).eval()
+    folded = fold(model, example_input=x)
+    with mode():
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_close(folded(x).float(), model(x).float(), rtol=0.05, atol=0.05)
+            assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(folded(x).float(), model(x).float(), rtol=0.05, atol=0.05)
