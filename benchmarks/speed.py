@@ -241,17 +241,17 @@ def plot(paths: list[Path], out: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "spherify"  # the same bytes from the same figures
     import matplotlib.pyplot as plt
 
-    cases_found = [case for path in paths for case in json.loads(path.read_text())["cases"]]
-    labels = [f"{case['model']}{' (compiled)' if case['settings']['compiled'] else ''}" for case in cases_found]
-    figure, axes = plt.subplots(figsize=(9, 3.6))
+    found: dict[str, dict[str, float]] = {}  # operator to ratio, by network
+    for case in (case for path in paths for case in json.loads(path.read_text())["cases"]):
+        label = f"{case['model']}{' (compiled)' if case['settings']['compiled'] else ''}"
+        ratios = {row["form"]: row["ratio"] for row in case["rows"] if row["phase"] == "train"}
+        found.setdefault(label, {}).update(ratios)
+    figure, axes = plt.subplots(figsize=(9, 4))
     for offset, operator in enumerate(OPERATORS):
-        heights = [
-            next((row["ratio"] for row in case["rows"] if (row["phase"], row["form"]) == ("train", operator)), 0.0)
-            for case in cases_found
-        ]
-        axes.bar([place + 0.2 * offset for place in range(len(labels))], heights, 0.19, label=operator)
+        heights = [ratios.get(operator, 0.0) for ratios in found.values()]
+        axes.bar([place + 0.2 * offset for place in range(len(found))], heights, 0.19, label=operator)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks([place + 0.3 for place in range(len(labels))], labels, fontsize=8)
+    axes.set_xticks([place + 0.3 for place in range(len(found))], list(found), fontsize=8, rotation=20, ha="right")
     axes.set_ylabel("training step, ratio to plain")
     axes.set_ylim(0.8, None)
     axes.legend(fontsize=8)
