@@ -85,18 +85,17 @@ def lie_alike(one: Tensor, other: Tensor) -> bool:
     return any(one.is_contiguous(memory_format=way) and other.is_contiguous(memory_format=way) for way in layouts)
 
 
-# Of any layout: asked for the one that autograd expects, the compiler would transpose weight and gradient.
-torch.library.define(
-    "spherify::take_off_along_",
-    "(Tensor(a!) by_weight, Tensor(b!) by_x, Tensor weight, Tensor inverse_length) -> ()",
-    tags=(torch.Tag.flexible_layout,),
-)
-torch.library.impl("spherify::take_off_along_", "CPU", take_off_along)
+def register() -> None:
+    """Once in a process, also where this module is imported anew."""
+    name = "spherify::take_off_along_"
+    if hasattr(torch.ops.spherify, "take_off_along_"):
+        return
+    schema = "(Tensor(a!) by_weight, Tensor(b!) by_x, Tensor weight, Tensor inverse_length) -> ()"
+    # Of any layout: asked for the one that autograd expects, the compiler would transpose weight and gradient.
+    torch.library.define(name, schema, tags=(torch.Tag.flexible_layout,))
+    torch.library.impl(name, "CPU", take_off_along)
+    torch.library.register_fake(name, lambda *_: None)
 
 
-@torch.library.register_fake("spherify::take_off_along_")
-def _(by_weight: Tensor, by_x: Tensor, weight: Tensor, inverse_length: Tensor) -> None:
-    return None
-
-
+register()
 take_off_along_ = torch.ops.spherify.take_off_along_
