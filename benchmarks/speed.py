@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.peers import as_peer
-from spherify.bench.compare import Settings, compare_forms, machine, number_of_threads
+from spherify.bench.compare import PHASES, Settings, compare_forms, machine, number_of_threads
 from spherify.bench.timing import interleaved
 from spherify.convert import plan
 from spherify.export.atomic import replace_file
@@ -69,15 +69,20 @@ ON_CUDA = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model, the forms measured side by side, and how."""
+    """One model, the forms measured side by side, how, and in which phases."""
 
     model: str
     operators: tuple[str, ...]
     peers: tuple[str, ...]
     settings: Settings
+    phases: tuple[str, ...] = PHASES
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}{' compiled' if self.settings.compiled else ''}"
 
 
-def cases(device: str, repeats: int) -> Iterator[Case]:
+def cases(device: str, repeats: int, all_compiled: bool = False) -> Iterator[Case]:
     if device == "cuda":
         common = dict(device="cuda", dtype="bfloat16", channels_last=True, warmup=3, repeats=repeats, calls=4)
         for name, (batch, size) in ON_CUDA.items():
@@ -99,6 +104,11 @@ def cases(device: str, repeats: int) -> Iterator[Case]:
             (),
             Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True, cpu_time=True),
         )
+    for name in ("resnet18", "resnet50", "vit_small", "convnext_tiny", "mobilenetv2") if all_compiled else ():
+        batch, size = ON_CPU[name]
+        operators = OPERATORS[1:] if name == "resnet18" else ("cosine",)
+        settings = Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True, cpu_time=True)
+        yield Case(name, operators, (), settings, ("train",))
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -107,7 +117,7 @@ def run(case: Case) -> dict[str, Any]:
     x = torch.randn(2, 3, case.settings.size or 224, case.settings.size or 224)
     forms = {operator: plan(plain, operator=operator, example_input=x).apply() for operator in case.operators}
     forms |= {name: as_peer(plain, name) for name in case.peers}
-    rows = compare_forms(plain, forms, case.settings)
+    rows = compare_forms(plain, forms, case.settings, case.phases)
     return {"model": case.model, "settings": asdict(case.settings), "rows": [row.to_dict() for row in rows]}
 
 
@@ -140,31 +150,52 @@ def training_step(layer: nn.Module, x: torch.Tensor) -> Any:
 
 
 def measure(
-    device: str, repeats: int, minutes: float, only: list[str], out: Path, operators: tuple[str, ...] = OPERATORS
+    device: str,
+    repeats: int,
+    minutes: float,
+    only: list[str],
+    out: Path,
+    operators: tuple[str, ...] = OPERATORS,
+    *,
+    all_compiled: bool = False,
+    adds: bool = False,
 ) -> None:
-    """Every case, written after each; no new one is begun when the time is up."""
+    """Every case, written after each; no new one is begun when the time is up.
+
+    Args:
+        adds: keep what the file holds, but for the cases measured again; for the same machine and code.
+    """
     end = time.monotonic() + 60 * minutes
-    found: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    found: dict[str, Any] = json.loads(out.read_text()) if adds else {"cases": [], "left_out": []}
+    found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with number_of_threads(1 if device == "cpu" else None):
         found["machine"] = {**machine(), "timm": timm.__version__}
-        found["cases"], found["left_out"] = [], []
         if device == "cpu" and (not only or "sweep" in only):
             found["sweep"] = sweep(repeats)
-        for case in cases(device, repeats):
-            name = f"{case.model}{' compiled' if case.settings.compiled else ''}"
-            if only and name not in only:
+        for case in cases(device, repeats, all_compiled):
+            chosen = replace(case, operators=tuple(one for one in case.operators if one in operators))
+            if (only and case.name not in only) or not chosen.operators:
                 continue
             if time.monotonic() > end:
-                found["left_out"].append(name)
+                found["left_out"].append(case.name)
                 continue
-            print(name, flush=True)
-            chosen = replace(case, operators=tuple(one for one in case.operators if one in operators))
+            print(case.name, *chosen.operators, flush=True)
             try:
-                found["cases"].append(run(chosen))
+                measured = run(chosen)
             except Exception as error:  # one model that fails must not cost the others' figures
-                found["left_out"].append(f"{name}: {type(error).__name__}: {error}")
+                found["left_out"].append(f"{case.name}: {type(error).__name__}: {error}")
+            else:
+                found["cases"] = [held for held in found["cases"] if not is_same(held, measured)] + [measured]
             replace_file(out, (json.dumps(found, indent=1) + "\n").encode())
     print(f"wrote {out}; left out: {found['left_out'] or 'nothing'}")
+
+
+def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two results are of one case, measured twice."""
+    forms = [[(row["phase"], row["form"]) for row in case["rows"]] for case in (one, other)]
+    return (one["model"], one["settings"]["compiled"]) == (other["model"], other["settings"]["compiled"]) and (
+        forms[0] == forms[1]
+    )
 
 
 def tables(paths: list[Path]) -> str:
@@ -210,17 +241,17 @@ def plot(paths: list[Path], out: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "spherify"  # the same bytes from the same figures
     import matplotlib.pyplot as plt
 
-    cases_found = [case for path in paths for case in json.loads(path.read_text())["cases"]]
-    labels = [f"{case['model']}{' (compiled)' if case['settings']['compiled'] else ''}" for case in cases_found]
-    figure, axes = plt.subplots(figsize=(9, 3.6))
+    found: dict[str, dict[str, float]] = {}  # operator to ratio, by network
+    for case in (case for path in paths for case in json.loads(path.read_text())["cases"]):
+        label = f"{case['model']}{' (compiled)' if case['settings']['compiled'] else ''}"
+        ratios = {row["form"]: row["ratio"] for row in case["rows"] if row["phase"] == "train"}
+        found.setdefault(label, {}).update(ratios)
+    figure, axes = plt.subplots(figsize=(9, 4))
     for offset, operator in enumerate(OPERATORS):
-        heights = [
-            next((row["ratio"] for row in case["rows"] if (row["phase"], row["form"]) == ("train", operator)), 0.0)
-            for case in cases_found
-        ]
-        axes.bar([place + 0.2 * offset for place in range(len(labels))], heights, 0.19, label=operator)
+        heights = [ratios.get(operator, 0.0) for ratios in found.values()]
+        axes.bar([place + 0.2 * offset for place in range(len(found))], heights, 0.19, label=operator)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks([place + 0.3 for place in range(len(labels))], labels, fontsize=8)
+    axes.set_xticks([place + 0.3 for place in range(len(found))], list(found), fontsize=8, rotation=20, ha="right")
     axes.set_ylabel("training step, ratio to plain")
     axes.set_ylim(0.8, None)
     axes.legend(fontsize=8)
@@ -245,6 +276,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="begin no new case after this time")
     parser.add_argument("--only", nargs="*", default=[], help="names such as resnet18 or 'resnet18 compiled'")
     parser.add_argument("--operators", nargs="*", default=OPERATORS, choices=OPERATORS)
+    parser.add_argument("--all-compiled", action="store_true", help="training of every network compiled, too (CPU)")
+    parser.add_argument("--add", action="store_true", help="add to the results file what it does not hold")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--report", action="store_true", help="write docs/speed.md from the results that are there")
     given = parser.parse_args()
@@ -252,7 +285,9 @@ def main() -> None:
         report(sorted(RESULTS.glob("speed-*.json")), DOCS / "speed.md")
         return
     out = given.out or RESULTS / f"speed-{given.device}.json"
-    measure(given.device, given.repeats, given.minutes, given.only, out, tuple(given.operators))
+    operators = tuple(given.operators)
+    chosen = dict(all_compiled=given.all_compiled, adds=given.add)
+    measure(given.device, given.repeats, given.minutes, given.only, out, operators, **chosen)
 
 
 if __name__ == "__main__":

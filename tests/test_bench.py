@@ -1,5 +1,6 @@
 """Benchmarks: turns, ratios, peaks, and what the command prints."""
 
+import dataclasses
 import json
 
 import pytest
@@ -105,7 +106,7 @@ def test_b_cos_is_the_length_times_the_square_of_the_cosine():
 def test_the_suite_writes_its_results_and_the_page(tmp_path, monkeypatch):
     settings = Settings(batch=2, size=32, repeats=1, warmup=0, threads=1)
     case = speed.Case("cnn9", ("cosine",), ("authors",), settings)
-    monkeypatch.setattr(speed, "cases", lambda device, repeats: [case])
+    monkeypatch.setattr(speed, "cases", lambda *_: [case])
     out = tmp_path / "speed-test.json"
     speed.measure("cpu", 1, 1.0, ["cnn9"], out)
     found = json.loads(out.read_text())
@@ -119,3 +120,16 @@ def test_the_suite_writes_its_results_and_the_page(tmp_path, monkeypatch):
     assert "| cnn9, 2 x 32 px | cosine |" in text
     assert "stale" not in text
     assert text.endswith("after\n")
+
+
+def test_a_second_run_of_the_suite_can_add_to_the_first(tmp_path, monkeypatch):
+    settings = Settings(batch=2, size=32, repeats=1, warmup=0, threads=1)
+    first = speed.Case("cnn9", ("cosine",), (), settings, ("infer",))
+    out = tmp_path / "speed-test.json"
+    monkeypatch.setattr(speed, "cases", lambda *_: [first])
+    speed.measure("cpu", 1, 1.0, ["cnn9"], out)
+    monkeypatch.setattr(speed, "cases", lambda *_: [first, dataclasses.replace(first, operators=("linear",))])
+    speed.measure("cpu", 1, 1.0, ["cnn9"], out, adds=True)
+    found = [{row["form"] for row in case["rows"]} for case in json.loads(out.read_text())["cases"]]
+    assert len(found) == 2  # the first was measured again
+    assert ["cosine" in forms for forms in found] == [True, False]

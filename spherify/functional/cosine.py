@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherify.errors import OptionError
+from spherify.functional.across import input_and_filters, sum_by_filter
 from spherify.functional.precision import type_of_product, widened
 
 DEFAULT_EPS = 1e-4  # added to squared norms, inside the root, as in the authors' code
@@ -67,29 +68,8 @@ def unit_filters(weight: Tensor, *, eps: float = DEFAULT_EPS) -> tuple[Tensor, f
     return unit.to(weight.dtype), power
 
 
-class AcrossFilters(torch.autograd.Function):
-    """The filters as they are; what their gradient has along a filter is taken off, as its length does not matter."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, inverse_length: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, inverse_length)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        weight, inverse_length = ctx.saved_tensors
-        wide, rows = widened(gradient), widened(weight)
-        along = sum_by_filter(wide * rows) * inverse_length.square()
-        return (wide - rows * along.view(-1, *[1] * (weight.dim() - 1))).to(gradient.dtype), None
-
-
-def sum_by_filter(weight: Tensor) -> Tensor:
-    """(O, ...) to (O,), without a view: of one the compiler reads a channels-last weight number by number."""
-    return weight.sum(tuple(range(1, weight.dim())))
-
-
-def filters_and_lengths(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None, float]:
-    """What the input is multiplied by, and by what the product is to be multiplied: filter by filter, and as a whole.
+def factors_and_lengths(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """What is multiplied with what, and by what the product is to be multiplied: filter by filter, and as a whole.
 
     Under ``torch.compile`` it is the product that is divided by the filters' lengths, in a pass that is made anyhow;
     unit filters would be written, kept for the gradient and differentiated. Not in float16, whose range asks for them.
@@ -97,11 +77,12 @@ def filters_and_lengths(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     is_seen_through = torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
     if not is_seen_through or type_of_product(x, weight) == torch.float16:
         unit, power = unit_filters(weight, eps=eps)
-        return unit, None, power
+        return x, unit, None, power
     rows = widened(weight.detach())
     length = torch.rsqrt(sum_by_filter(rows * rows) + eps)
     needs_gradient = weight.requires_grad and torch.is_grad_enabled()
-    return AcrossFilters.apply(weight, length) if needs_gradient else weight, length, 1.0
+    factors = input_and_filters(x, weight, length) if needs_gradient else (x, weight)
+    return *factors, length, 1.0
 
 
 def box_sum(x: Tensor, window: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -205,8 +186,8 @@ def conv_cosine_and_type(
         x = F.pad(x, flat_pads, mode=padding_mode)
         flat_pads, padding = [0] * (2 * dims), 0
 
-    multiplied, length, power = filters_and_lengths(x, weight, eps)
-    product = CONVOLUTIONS[dims](x, multiplied, None, stride, padding, dilation, groups)
+    multiplicand, multiplier, length, power = factors_and_lengths(x, weight, eps)
+    product = CONVOLUTIONS[dims](multiplicand, multiplier, None, stride, padding, dilation, groups)
 
     energy = patch_energy(x, groups)
     if any(flat_pads):
@@ -255,8 +236,8 @@ def conv_cosine(
 
 def linear_cosine_and_type(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, torch.dtype]:
     """``linear_cosine``, and the type that ``F.linear`` would return (half under autocast)."""
-    multiplied, length, power = filters_and_lengths(x, weight, eps)
-    product = F.linear(x, multiplied)
+    multiplicand, multiplier, length, power = factors_and_lengths(x, weight, eps)
+    product = F.linear(multiplicand, multiplier)
     wide = widened(x)
     inverse_norm = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
     cosine = widen(product, inverse_norm.dtype) * inverse_norm

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spherify.functional.c_library import NotCompiled, compiled
 
-CODES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable": 2}
+CODES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable": 2, "curve": 3}
 NUMBERS_A_THREAD = 1 << 15  # below it a second thread costs more than it brings
 
 Pair = c_long * 2
@@ -43,7 +43,8 @@ class Elementwise(ctypes.Structure):
             (name, c_void_p)
             for name in ("inverse", "length", "steep", "rise", "end", "gain", "bias", "offset", "unscale")
         ),
-        *((name, c_long) for name in ("images", "filters", "positions", "groups")),
+        *((name, c_void_p) for name in ("near", "far")),
+        *((name, c_long) for name in ("curves", "images", "filters", "positions", "groups")),
         *((name, c_float) for name in ("guard", "step", "low", "high")),
         *((name, c_int) for name in ("operator", "channels_last", "threads")),
     )
@@ -63,7 +64,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        headers = (here.with_name("cpu_functions.h"), here.with_name("cpu_norms.h"))
+        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves"))
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
         WHY_NOT.append(str(error))

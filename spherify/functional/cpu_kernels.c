@@ -15,7 +15,8 @@ INLINE float at(const float *values, long o, float otherwise) { return values ? 
 typedef struct {
     const float *inverse, *length, *steep, *rise, *end, *gain, *bias; /* NULL where there is none */
     const float *offset, *unscale; /* what was saved less offset, times unscale, is the response; backward alone */
-    long images, filters, positions, groups;
+    const float *near, *far; /* terms of curves (terms, `curves`), one or one for each filter; forward of folded layers */
+    long curves, images, filters, positions, groups;
     float guard, step, low, high;
     int operator, channels_last, threads;
 } Elementwise;
@@ -23,6 +24,8 @@ typedef struct {
 INLINE float finish(float response, float gain, float bias, float low, float high) {
     return least(high, most(low, response * gain + bias));
 }
+
+#include "cpu_curves.h"
 
 /* Numbers that hold their cosines already: one filter over some positions. */
 INLINE void respond_run(float *restrict out, float *restrict kept, long count, const Elementwise *e, long o,
@@ -120,6 +123,11 @@ INLINE void forward_row_of(float *out, float *kept, const float *inverse, const 
     else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
 }
 
+INLINE Curve curve_of(const Elementwise *e, long o) {
+    long own = e->curves > 1 ? o : 0;
+    return (Curve){e->near + own, e->far + own, e->curves};
+}
+
 static void forward_planes(float *product, float *kept, const Elementwise *e) {
     long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
     long tasks = e->images * e->groups * tiles;
@@ -131,7 +139,9 @@ static void forward_planes(float *product, float *kept, const Elementwise *e) {
         for (long f = 0; f < filters; f++) {
             long o = g * filters + f, place = (outer * filters + f) * e->positions + first;
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
-            if (e->operator == COSINE) forward_run(out, also, inverse, count, e, o, COSINE, 0);
+            if (e->operator == CURVE)
+                curve_run(out, inverse, count, curve_of(e, o), at(e->gain, o, 1.0f), at(e->bias, o, 0.0f), e->low, e->high);
+            else if (e->operator == COSINE) forward_run(out, also, inverse, count, e, o, COSINE, 0);
             else if (e->operator == LINEAR && also == NULL) forward_run(out, also, inverse, count, e, o, LINEAR, 0);
             else if (e->operator == LINEAR) forward_run(out, also, inverse, count, e, o, LINEAR, 1);
             else if (also == NULL) forward_run(out, also, inverse, count, e, o, SIGMOID, 0);
@@ -184,7 +194,9 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             part.rise = values[4].numbers + values[4].step * value;
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
             const float *own = is_depthwise ? inverse + first : norms;
-            if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
+            if (e->operator == CURVE)
+                curve_row(out, own, part.filters, curve_of(e, 0), part.gain, part.bias, e->low, e->high, 1, 0);
+            else if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
             else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
             else if (kept == NULL) forward_row(out, also, own, &part, SIGMOID, 0, 1, 1);
@@ -193,6 +205,19 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
     }
     for (int i = 0; i < 5; i++) free(values[i].numbers);
     return has_room;
+}
+
+static void curve_rows(float *product, const Elementwise *e) {
+#pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
+    for (long row = 0; row < e->images * e->positions; row++) {
+        float *out = product + row * e->filters, low = e->low, high = e->high;
+        const float *inverse = e->inverse + row * e->groups;
+        Curve curve = curve_of(e, 0);
+        if (e->groups > 1 && e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 1);
+        else if (e->groups > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 0);
+        else if (e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 1);
+        else curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 0);
+    }
 }
 
 static void forward_rows(float *product, float *kept, const Elementwise *e) {
@@ -207,10 +232,14 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
 }
 
 /* product = g(product inverse length) gain + bias, clamped to [low, high]; `kept` takes the response before that.
-   Nothing is kept for the cosine. Rows want all of length, gain and bias, or none of them and then nothing kept. */
+   Nothing is kept for the cosine, nor for curves, which have no length. Rows want all of length, gain and bias, or none of them and then nothing kept. */
 void forward(float *product, float *kept, const Elementwise *e) {
-    if (e->channels_last) forward_rows(product, kept, e);
-    else if (e->positions >= FEW || e->images < 2 || !forward_small_planes(product, kept, e)) forward_planes(product, kept, e);
+    int is_small = !e->channels_last && e->positions < FEW && e->images > 1;
+    Elementwise same = *e;
+    if (is_small && e->curves > 1) same.operator = SIGMOID; /* too many terms to repeat for each number */
+    if (e->channels_last && e->operator == CURVE) curve_rows(product, e);
+    else if (e->channels_last) forward_rows(product, kept, e);
+    else if (!is_small || !forward_small_planes(product, kept, &same)) forward_planes(product, kept, e);
 }
 
 /* ---- backward ---- */

@@ -20,6 +20,7 @@ from spherify.functional.cpu_binding import (
     lies_in_rows,
     threads_for,
 )
+from spherify.functional.curves import Curve
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,20 +183,24 @@ def elementwise(
     guard: float,
     low: float = -math.inf,
     high: float = math.inf,
+    curve: Curve | None = None,
 ) -> tuple[Elementwise, list[Tensor | None]]:
     """The description for the kernels, and the tensors it points into, which must outlive the call.
 
     Args:
         values: by names of ``BY_FILTER``: a number, or a tensor of one or O numbers.
+        curve: stands for operator and steepness, without lengths; forward alone.
     """
     filters = product.shape[1]
     rows = lies_in_rows(product, inverse.shape[1])
     given = {name: by_filter(values.get(name), filters) for name in BY_FILTER}
-    if rows and any(value is not None for value in given.values()):  # loops over filters want all or none
+    if rows and (curve or any(value is not None for value in given.values())):  # loops over filters want all or none
         given = {name: filler(BY_FILTER[name], filters) if v is None else v for name, v in given.items()}
-    alive = [inverse, *given.values()]
+    near, far = (None, None) if curve is None else curve
+    alive = [inverse, *given.values(), near, far]
     described = Elementwise(
         *(None if value is None else value.data_ptr() for value in alive),
+        0 if near is None else near.shape[1],
         product.shape[0],
         filters,
         math.prod(product.shape[2:]),
@@ -204,7 +209,7 @@ def elementwise(
         torch.finfo(torch.float32).eps,
         low,
         high,
-        CODES[operator],
+        CODES[operator if curve is None else "curve"],
         rows,
         threads_for(product.numel()),
     )
@@ -234,6 +239,7 @@ def normalise_and_respond_(
     guard: float | None = None,
     low: float = -math.inf,
     high: float = math.inf,
+    curve: Curve | None = None,
 ) -> Tensor | None:
     """The response to ``product inverse length``, times gain, plus bias, within [low, high], in place.
 
@@ -243,12 +249,13 @@ def normalise_and_respond_(
         values: see ``elementwise``: length, gain, bias, steep, rise.
         keeps: give back the response before gain and bias besides; not for the cosine.
         guard: the largest cosine.
+        curve: see ``elementwise``; nothing is kept.
     """
     kernels = library()
     assert kernels is not None
     values = {"length": 1.0, **values} if keeps else values
     guard = guard_of(operator) if guard is None else guard
-    described, alive = elementwise(product, inverse, operator, values, guard=guard, low=low, high=high)
+    described, alive = elementwise(product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve)
     kept = torch.empty_like(product) if keeps else None
     kernels.forward(product.data_ptr(), None if kept is None else kept.data_ptr(), ctypes.byref(described))
     del alive

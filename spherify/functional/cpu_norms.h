@@ -298,17 +298,57 @@ static int three_by_three_inverse_norm(const float *x, float *inverse, const Win
     return failed;
 }
 
-static int is_three_by_three(const Window *w) {
+/* Depthwise, 3x3, stride 2, padding 1, on planes of even height and width: an output row takes two rows of its own and
+   the one above, an output column likewise, so that both loops run on from one map to the next. */
+static int halving_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    long width = w->width, out_width = width / 2, out_height = w->height / 2, out_size = out_height * out_width;
+    long maps = w->images * w->groups, together = out_size < CHUNK ? CHUNK / out_size : 1;
+    long tasks = (maps + together - 1) / together;
+    int failed = 0;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *room = calloc(2 * together * out_size + 1, sizeof(float)), *columns = room + 1;
+        failed |= room == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            if (room == NULL) continue;
+            long count = maps - task * together < together ? maps - task * together : together;
+            const float *from = x + task * together * 4 * out_size;
+            float *out = inverse + task * together * out_size;
+            for (long row = 0; row < count * out_height; row++) {
+                const float *r = from + 2 * row * width, *above = row % out_height ? r - width : NULL;
+                float *to = columns + row * width;
+#pragma omp simd
+                for (long c = 0; c < width; c++) to[c] = r[c] * r[c] + r[c + width] * r[c + width];
+                if (above == NULL) continue;
+#pragma omp simd
+                for (long c = 0; c < width; c++) to[c] += above[c] * above[c];
+            }
+#pragma omp simd
+            for (long s = 0; s < count * out_size; s++)
+                out[s] = (columns[2 * s] + columns[2 * s + 1]) + columns[2 * s - 1];
+            for (long s = 0; s < count * out_size; s += out_width) out[s] = columns[2 * s] + columns[2 * s + 1];
+            inverse_roots(out, out, count * out_size, eps, scale);
+        }
+        free(room);
+    }
+    return failed;
+}
+
+/* Depthwise with 3x3 windows and padding 1 on planes, of this stride. */
+static int is_three_by_three(const Window *w, long stride) {
     int is_it = w->groups == w->channels && w->groups > 1 && !w->channels_last;
     for (int axis = 0; axis < 2; axis++)
-        is_it = is_it && w->window[axis] == 3 && w->stride[axis] == 1 && w->padding[axis] == 1 && w->dilation[axis] == 1;
+        is_it = is_it && w->window[axis] == 3 && w->stride[axis] == stride && w->padding[axis] == 1 && w->dilation[axis] == 1;
     return is_it;
 }
 
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
     if (w->channels_last && w->groups > 1) return depthwise_inverse_norm(x, inverse, w, eps, scale);
-    if (is_three_by_three(w)) return three_by_three_inverse_norm(x, inverse, w, eps, scale);
+    if (is_three_by_three(w, 1)) return three_by_three_inverse_norm(x, inverse, w, eps, scale);
+    if (is_three_by_three(w, 2) && w->height % 2 == 0 && w->width % 2 == 0)
+        return halving_inverse_norm(x, inverse, w, eps, scale);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];

@@ -14,6 +14,7 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.blocks import blocks, energy_of, grouped
 from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.curves import curve_of
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
@@ -215,7 +216,10 @@ def finish(
         guard = math.inf if operator == "cosine" else None
         low, high = BOUNDS[activation]
         values = dict(gain=scale, bias=bias, steep=steepness)
-        cpu_kernels.normalise_and_respond_(product, inverse, operator, values, guard=guard, low=low, high=high)
+        curve = curve_of(operator, steepness)
+        cpu_kernels.normalise_and_respond_(
+            product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve
+        )
         return product
     dims = product.dim() - 2
     scale, bias = by_filter(scale, inverse.dtype, dims), by_filter(bias, inverse.dtype, dims)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.cosine import CONVOLUTIONS
+from spherify.functional.curves import curve_of, prepare
 from spherify.functional.folded import BOUNDS, SharedNorms, finish, needs_graph, served
 from spherify.functional.fused import takes
 
@@ -61,6 +62,7 @@ class QuickCalls:
         held = self.softness
         if held is None or held[0] != key:
             held = self.softness = (key, compute(logit))
+            prepare(held[1])
         return held[1]
 
 
@@ -89,7 +91,9 @@ def ready_response(
     guard = torch.inf if operator == "cosine" else cpu_kernels.guard_of(operator)
     low, high = BOUNDS[activation]
     values = dict(gain=scale, bias=bias, steep=steep)
-    described, alive = cpu_kernels.elementwise(product, inverse, operator, values, guard=guard, low=low, high=high)
+    described, alive = cpu_kernels.elementwise(
+        product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve_of(operator, steep)
+    )
     kernels = cpu_binding.library()
     assert kernels is not None
     forward, template, strides = kernels.forward, bytes(described), product.stride()

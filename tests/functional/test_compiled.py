@@ -3,11 +3,13 @@
 import pytest
 import torch
 from angular_samples import OPERATORS, normal, options_of
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing import assert_close
 
 from spherify.functional import sphere_conv2d, sphere_linear
+from spherify.functional.across import across
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 WINDOWS = [dict(padding=1), dict(stride=2, groups=2), dict(groups=4, dilation=2, padding="same")]
@@ -110,3 +112,63 @@ def test_gradients_of_torch_func_compile():
         return torch.func.vmap(gradient, in_dims=(None, 0))(weight, x)
 
     assert_close(compiled(by_image)(weight, x), by_image(weight, x))
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("by_layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 70, 1, 1), (600, 2, 1, 3), (3, 4, 5), (0, 4, 3, 3)], ids=str)
+def test_the_step_in_place_is_the_formula_whatever_the_layout(shape, layout, by_layout):
+    by_weight, weight = normal(*shape), normal(*shape, seed=1)
+    length = (weight * weight).flatten(1).sum(1).add(1e-4).rsqrt()
+    truth = across(by_weight, weight, length)
+
+    def laid_out(tensor, layout):
+        return tensor.float().clone(memory_format=layout if tensor.dim() == 4 else torch.contiguous_format)
+
+    found, by_x = laid_out(by_weight, by_layout), torch.ones(2)
+    torch.ops.spherify.take_off_along_(found, by_x, laid_out(weight, layout), length.float())
+    assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+    assert_close(by_x, torch.ones(2))
+
+
+def test_the_step_in_place_keeps_a_nan_in_its_filter():
+    by_weight, weight = torch.ones(3, 2, 3, 3), torch.ones(3, 2, 3, 3)
+    by_weight[1, 0, 1, 1] = float("nan")
+    torch.ops.spherify.take_off_along_(by_weight, torch.ones(1), weight, torch.full((3,), 18**-0.5))
+    assert by_weight[1].isnan().all()
+    assert_close(by_weight[[0, 2]], torch.zeros(2, 2, 3, 3))  # a gradient along its filter
+
+
+def test_the_step_in_place_says_what_it_changes():
+    arguments = (torch.ones(3, 2, 3, 3), torch.ones(1), torch.ones(3, 2, 3, 3), torch.ones(3))
+    torch.library.opcheck(torch.ops.spherify.take_off_along_.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_float32_gradients_are_those_of_float64(window, layout):
+    leaves = leaves_of((2, 4, 7, 6), (8, 4 // window.get("groups", 1), 3, 3))
+    narrow = [leaf.detach().float().contiguous(memory_format=layout).requires_grad_() for leaf in leaves]
+
+    def run(x, weight):
+        return sphere_conv2d(x.sin(), weight, **window)
+
+    for one, other in zip(with_gradients(compiled(run), narrow), with_gradients(run, leaves), strict=True):
+        assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_goes_on_to_the_input_waits_for_the_weights_gradient():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
+    x, weight = leaves_of((2, 4, 5, 6), (8, 4, 3, 3), dtype=torch.float32)
+    with_gradients(compiled(lambda x, weight: sphere_conv2d(x.sin(), weight), backend=backend), [x, weight])
+    (step,) = [node for node in graphs[0].graph.nodes if "take_off_along_" in f"{node.target} {node.args}"]
+    assert len([user for user in step.users if user.users]) == 2  # what comes of both gradients is read

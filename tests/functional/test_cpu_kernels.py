@@ -283,6 +283,17 @@ def test_a_nan_pixel_of_a_depthwise_layer_stays_in_its_map(size):
     assert torch.equal(out.isnan(), expected)
 
 
+@pytest.mark.parametrize("size", [(2, 2), (6, 10), (48, 34), (7, 8), (8, 7)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_norms_of_3x3_depthwise_layers_are_those_in_double(size, stride):
+    x = normal(3, 5, *size, dtype=torch.float32)
+    x[1, 2, 0, 0], x[2, 4] = float("nan"), 0.0
+    found = cpu_kernels.patch_inverse_norm(x, (3, 3), (stride, stride), (1, 1), (1, 1), 5, 1e-4, 2.0)
+    ones = torch.ones(5, 1, 3, 3, dtype=torch.float64)
+    energy = torch.nn.functional.conv2d(x.double().square(), ones, stride=stride, padding=1, groups=5)
+    assert_close(found.double(), 2 * torch.rsqrt(energy + 1e-4), rtol=1e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("groups", [1, 6])
 def test_norms_of_every_size_of_number_are_those_in_double(groups):
     for size in (1e-30, 1e-4, 1.0, 1e4, 1e18):
