@@ -16,6 +16,7 @@ from spherify.calibrate.recorded import Recorded
 from spherify.calibrate.world import World
 from spherify.graph.flow import bits, weight_node
 
+FEWEST_IMAGES = 40  # fewer say nothing about other images
 HELD_OUT = 0.2  # of the images, at most MOST_HELD_OUT of them
 MOST_HELD_OUT = 400
 COPIES_HELD = 2  # of each held-out image, changed each in its own way: a few hard ones must not decide
@@ -129,6 +130,17 @@ def has_comparable_outputs(pair: Pair) -> bool:
     shape = mine["shape"]
     images = len(pair.student.batches[0])
     return bool(mine["dtype"].is_floating_point and shape == theirs["shape"] and len(shape) > 1 and shape[0] == images)
+
+
+def too_few(pair: Pair) -> str:
+    """What is wrong with the number of images, or nothing: fewer than classes cannot even show each class once."""
+    images = sum(map(len, pair.student.batches))
+    if images < FEWEST_IMAGES:
+        return f"{images} images, and {FEWEST_IMAGES} are needed"
+    shape = pair.student.recorded.nodes[pair.student.recorded.outputs[0]].meta["shape"]
+    if len(shape) == 2 and images < shape[1]:
+        return f"{images} images, fewer than the {shape[1]} classes"
+    return ""
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spherify.calibrate.outputs import has_comparable_outputs, products_of, random_sums, steps_to
+from spherify.calibrate.outputs import has_comparable_outputs, products_of, random_sums, steps_to, too_few
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.parts import Part
 from spherify.calibrate.patches import output_rows
@@ -27,12 +27,12 @@ def row_weights(pair: Pair, parts: Iterable[Part], seed: int) -> dict[int, list[
     at hand, and only near to that of the converted network on others.
 
     Returns:
-        (rows,) in bfloat16 for each batch. Nothing where outputs are no numbers image by image, or where a function
-        has no derivative.
+        (rows,) in bfloat16 for each batch. Nothing where outputs are no numbers image by image, where there are fewer
+        images than classes, or where a function has no derivative.
 
     Source: weighting by gradient magnitude as Li et al. 2021, BRECQ, arXiv:2102.05426, do for blocks.
     """
-    if not has_comparable_outputs(pair):
+    if not has_comparable_outputs(pair) or too_few(pair):
         return {}
     places: dict[int, tuple[int, bool]] = {}  # in the donor's run, where it is in the student's, and whether of a conv
     for part in parts:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_norm_
-from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to
+from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to, too_few
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
@@ -21,7 +21,6 @@ from spherify.calibrate.world import World
 from spherify.graph.flow import is_batch_norm
 from spherify.graph.record import one_line
 
-FEWEST_IMAGES = 40  # fewer say nothing about other images
 MOST_EQUATIONS = 2500  # of one solve
 FLOATS_KEPT = 150_000_000  # equations times unknowns: 0.6 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
@@ -115,17 +114,6 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
     size = sum(unknown.size for unknown in unknowns)
     return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
-
-
-def too_few(pair: Pair) -> str:
-    """What is wrong with the number of images, or nothing: fewer than classes cannot even show each class once."""
-    images = sum(map(len, pair.student.batches))
-    if images < FEWEST_IMAGES:
-        return f"{images} images, and {FEWEST_IMAGES} are needed"
-    shape = pair.student.recorded.nodes[pair.student.recorded.outputs[0]].meta["shape"]
-    if len(shape) == 2 and images < shape[1]:
-        return f"{images} images, fewer than the {shape[1]} classes"
-    return ""
 
 
 def shape_of_group(images: int, outputs: int) -> tuple[int, int]:
