@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_norm_
+from spherify.calibrate.held_out import best_of_, take_mean_
 from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to, too_few
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
-from spherify.calibrate.subspace import Subspace, narrowed
+from spherify.calibrate.subspace import Solvable, narrowed
 from spherify.calibrate.unknowns import Played, Unknown, unknowns_of
 from spherify.calibrate.world import World
 from spherify.graph.flow import is_batch_norm
@@ -30,8 +31,6 @@ LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
 NEXT_RIDGES = (10.0, 3.0, 1.0, 1.0 / 3.0)  # times the last one that served best
 ROWS_AT_ONCE = 1024
 MOST_NUMBERS = 875_000  # of all filters; layers without room keep theirs
-
-Solvable = Unknown | Subspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Solved:
     """What the solves did.
 
     Attributes:
-        losses: on held-out images, before the first solve and after each that was kept.
+        losses: on held-out images, before the first solve and after each that was kept; the mean's at last.
         unknowns: numbers that were solved for.
         left: layers whose filters were too large and stayed as they were.
         problem: why there was no further solve, where one could not be computed.
@@ -75,12 +74,14 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     At each, the student's outputs are linearised in all scales, offsets and filters, and the least squares towards
     the donor's outputs solved with a ridge, for images that are mirrored and moved anew each time. The ridge that
     serves the held-out images best is taken, and only where it lowers their loss. Where equations times unknowns do
-    not fit, filters change in those subspaces alone in which most of their slopes lie.
+    not fit, filters change in those subspaces alone in which most of their slopes lie. At the end the mean of the last
+    two, four, ... states is taken where it has less loss than the last one.
 
     Returns:
         What was done, or why nothing was; None where outputs are no numbers image by image.
 
-    Source: the linearisation is a Gauss-Newton step with Levenberg's damping.
+    Source: the linearisation is a Gauss-Newton step with Levenberg's damping; means of states, Polyak and Juditsky
+    1992, Acceleration of stochastic approximation by averaging.
     """
     if solves.count < 1 or not has_comparable_outputs(pair):
         return None
@@ -93,6 +94,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), outputs.width)
     unknowns: Sequence[Solvable] = []
     ridges, losses, problem = solves.ridges, [outputs.loss()], ""
+    states: list[list[Tensor]] = []
     for number in range(solves.count if full else 0):
         progress(f"outputs {number + 1}")
         group = drawn_group(outputs, images)
@@ -107,8 +109,11 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
             break
         ridges = tuple(ridges[chosen] * factor for factor in NEXT_RIDGES)
         losses.append(loss)
+        states.append([tensor.clone() for unknown in unknowns for tensor in unknown.tensors])
         if loss > (1.0 - LEAST_GAIN) * losses[-2]:
             break
+    if (loss := take_mean_(outputs, unknowns, states, losses[-1])) < losses[-1]:
+        losses.append(loss)
     outputs.close()
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
@@ -247,30 +252,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def best_of_(
-    outputs: Outputs, unknowns: Sequence[Solvable], changes: list[list[Tensor]], before: float
-) -> tuple[float, int | None]:
-    """Make the change with the least loss on held-out images; no change where none lowers it.
-
-    Returns:
-        The loss then, and the number of the change, None where there was none.
-    """
-    tensors = [tensor for unknown in unknowns for tensor in unknown.tensors]
-    start = [tensor.clone() for tensor in tensors]
-    best, chosen, kept = before, None, start
-    for number, change in enumerate(changes):
-        for unknown, step in zip(unknowns, change, strict=True):
-            unknown.add_(step)
-        loss = outputs.loss()
-        if loss < best:  # never where the loss is not a number
-            best, chosen, kept = loss, number, [tensor.clone() for tensor in tensors]
-        for tensor, value in zip(tensors, start, strict=True):
-            tensor.copy_(value)
-    for tensor, value in zip(tensors, kept, strict=True):
-        tensor.copy_(value)
-    return best, chosen
 
 
 def refresh_norms_(world: World, names: set[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spherify.calibrate.unknowns import Channels, Filters, Played, Unknown
+from spherify.calibrate.unknowns import Filters, Played, Unknown
 
 SHARES = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.3, 0.1)  # tried from the first on
 
@@ -89,7 +89,10 @@ class Sides:
         )
 
 
-def narrowed(unknowns: Sequence[Unknown], rows: Sequence[Tensor], limit: int) -> list[Channels | Filters | Subspace]:
+Solvable = Unknown | Subspace
+
+
+def narrowed(unknowns: Sequence[Unknown], rows: Sequence[Tensor], limit: int) -> list[Solvable]:
     """The unknowns, filters in subspaces with the largest share of the slopes' squares that ``limit`` numbers hold.
 
     Args:

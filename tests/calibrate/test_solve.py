@@ -11,9 +11,10 @@ from torch import nn
 
 from spherify import OptionError, calibrate, spherify
 from spherify.calibrate.fresh import moved
-from spherify.calibrate.outputs import Outputs, image_axes, outputs_of
+from spherify.calibrate.held_out import take_mean_
+from spherify.calibrate.outputs import FEWEST_IMAGES, Outputs, image_axes, outputs_of
 from spherify.calibrate.pair import Pair
-from spherify.calibrate.solve import FEWEST_IMAGES, Solves, drawn_group, equations_of, play, solve_outputs_
+from spherify.calibrate.solve import Solves, drawn_group, equations_of, play, solve_outputs_
 from spherify.calibrate.subspace import Subspace, narrowed
 from spherify.calibrate.unknowns import Filters, unknowns_of
 
@@ -370,3 +371,25 @@ def test_outputs_that_are_no_numbers_for_each_image_are_not_solved(output):
 def test_a_negative_number_of_solves_is_refused():
     with pytest.raises(OptionError, match="output_solves=-1 is negative; choose 0 for none"):
         calibrate(spherify(residual_net(), example_input=IMAGES[:2]), IMAGES, output_solves=-1)
+
+
+@torch.no_grad()
+def test_the_mean_of_the_last_states_is_taken_where_it_has_less_loss():
+    donor = residual_net()
+    outputs = outputs_for(donor, MANY[:100])
+    unknowns, _ = unknowns_of(outputs.pair.student.recorded, 10**6, kept=True)
+    tensors = [tensor for unknown in unknowns for tensor in unknown.tensors]
+    middle = [tensor.clone() for tensor in tensors]
+    away = [0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)) for tensor in tensors]
+    states = [[value + sign * step for value, step in zip(middle, away, strict=True)] for sign in (1.0, -1.0)]
+    loss_between = outputs.loss()
+    for tensor, value in zip(tensors, states[-1], strict=True):
+        tensor.copy_(value)
+    loss_at_last = outputs.loss()
+    assert loss_between < loss_at_last
+    assert take_mean_(outputs, unknowns, states, loss_at_last) == pytest.approx(loss_between, rel=1e-4)
+    for tensor, value in zip(tensors, middle, strict=True):
+        torch.testing.assert_close(tensor, value)
+    kept = [tensor.clone() for tensor in tensors]
+    assert take_mean_(outputs, unknowns, states, loss_between / 2) == loss_between / 2
+    assert all(torch.equal(tensor, value) for tensor, value in zip(tensors, kept, strict=True))
