@@ -232,7 +232,8 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
 }
 
 /* product = g(product inverse length) gain + bias, clamped to [low, high]; `kept` takes the response before that.
-   Nothing is kept for the cosine, nor for curves, which have no length. Rows want all of length, gain and bias, or none of them and then nothing kept. */
+   Nothing is kept for the cosine, nor for curves, which have no length. Rows want all of length, gain and bias, or none
+   of them and then nothing kept. */
 void forward(float *product, float *kept, const Elementwise *e) {
     int is_small = !e->channels_last && e->positions < FEW && e->images > 1;
     Elementwise same = *e;
