@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ MOST_PRODUCTS = 2e12  # multiplications for all slopes, about: with more images 
 
 
 @torch.no_grad()
-def row_weights(pair: Pair, parts: Iterable[Part], seed: int) -> dict[int, list[Tensor]]:
+def row_weights(
+    pair: Pair, parts: Iterable[Part], seed: int, progress: Callable[[str], None] = lambda name: None
+) -> dict[int, list[Tensor]]:
     """For each answer of the parts, by its position in the student's run: a weight for each row of each batch.
 
     An error at a position changes the outputs by about its product with their slope there, so that errors where the
@@ -34,6 +36,7 @@ def row_weights(pair: Pair, parts: Iterable[Part], seed: int) -> dict[int, list[
     """
     if not has_comparable_outputs(pair) or too_few(pair):
         return {}
+    progress("slopes of the donor's outputs")
     places: dict[int, tuple[int, bool]] = {}  # in the donor's run, where it is in the student's, and whether of a conv
     for part in parts:
         for call, answer in zip(part.calls, part.answers, strict=True):

@@ -69,7 +69,7 @@ def transplant_(pair: Pair, settings: Settings, progress: Callable[[str], None] 
     ordered = in_working_order(run, chosen)
     pair.student.want([len(run.nodes) - 1])
     pair.donor.want([len(pair.donor.recorded.nodes) - 1])
-    weights = row_weights(pair, ordered, settings.seed) if settings.weighs_rows else None
+    weights = row_weights(pair, ordered, settings.seed, progress) if settings.weighs_rows else None
     fits = []
     for number, part in enumerate(ordered):
         progress(part.name)
