@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,27 +13,17 @@ from spherify.calibrate.subspace import Solvable
 
 
 def best_of_(
-    outputs: Outputs, unknowns: Sequence[Solvable], changes: list[list[Tensor]], before: float
+    outputs: Outputs, unknowns: Sequence[Solvable], changes: Sequence[Sequence[Tensor]], before: float
 ) -> tuple[float, int | None]:
     """Make the change with the least loss on held-out images; no change where none lowers it.
+
+    Args:
+        changes: one tensor for each of the unknowns.
 
     Returns:
         The loss then, and the number of the change, None where there was none.
     """
-    tensors = [tensor for unknown in unknowns for tensor in unknown.tensors]
-    start = [tensor.clone() for tensor in tensors]
-    best, chosen, kept = before, None, start
-    for number, change in enumerate(changes):
-        for unknown, step in zip(unknowns, change, strict=True):
-            unknown.add_(step)
-        loss = outputs.loss()
-        if loss < best:  # never where the loss is not a number
-            best, chosen, kept = loss, number, [tensor.clone() for tensor in tensors]
-        for tensor, value in zip(tensors, start, strict=True):
-            tensor.copy_(value)
-    for tensor, value in zip(tensors, kept, strict=True):
-        tensor.copy_(value)
-    return best, chosen
+    return make_best_(outputs, tensors_of(unknowns), [partial(add_, unknowns, change) for change in changes], before)
 
 
 def take_mean_(
@@ -43,15 +34,41 @@ def take_mean_(
     Returns:
         The loss then.
     """
-    tensors = [tensor for unknown in unknowns for tensor in unknown.tensors]
-    best, kept, count = before, [tensor.clone() for tensor in tensors], 2
-    while count <= len(states):
-        for tensor, *values in zip(tensors, *states[-count:], strict=True):
-            tensor.copy_(torch.stack(values).mean(0))
+    tensors = tensors_of(unknowns)
+    counts = [2**power for power in range(1, len(states).bit_length())]
+    loss, _ = make_best_(outputs, tensors, [partial(put_mean_, tensors, states[-count:]) for count in counts], before)
+    return loss
+
+
+def make_best_(
+    outputs: Outputs, tensors: Sequence[Tensor], makers: Sequence[Callable[[], None]], before: float
+) -> tuple[float, int | None]:
+    """Each maker changes the tensors from what they are; the one with less loss than before, and the least, stays."""
+    start = [tensor.clone() for tensor in tensors]
+    best, chosen, kept = before, None, start
+    for number, make in enumerate(makers):
+        make()
         loss = outputs.loss()
-        if loss < best:
-            best, kept = loss, [tensor.clone() for tensor in tensors]
-        count *= 2
-    for tensor, value in zip(tensors, kept, strict=True):
+        if loss < best:  # never where the loss is not a number
+            best, chosen, kept = loss, number, [tensor.clone() for tensor in tensors]
+        put_(tensors, start)
+    put_(tensors, kept)
+    return best, chosen
+
+
+def tensors_of(unknowns: Sequence[Solvable]) -> list[Tensor]:
+    return [tensor for unknown in unknowns for tensor in unknown.tensors]
+
+
+def add_(unknowns: Sequence[Solvable], change: Sequence[Tensor]) -> None:
+    for unknown, step in zip(unknowns, change, strict=True):
+        unknown.add_(step)
+
+
+def put_mean_(tensors: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
+    put_(tensors, [torch.stack(values).mean(0) for values in zip(*states, strict=True)])
+
+
+def put_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
-    return best

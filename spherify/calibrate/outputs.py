@@ -163,6 +163,18 @@ def steps_to(world: World, output: int) -> list[int]:
     return [step for step in bits(world.recorded.ancestors[output] & world.recorded.activations) if step > 0]
 
 
+def with_slopes(world: World, number: int, steps: Sequence[int], places: Sequence[int]) -> Tensor:
+    """The value of the last step on one batch, with slopes by the values at some places, which stay with the world."""
+    values = world.values[number] = {0: world.batches[number]}
+    with torch.enable_grad():
+        for step in steps:
+            value = world.call(number, step)
+            if step in places and not value.requires_grad:
+                value = value.detach().requires_grad_()
+            values[step] = value
+        return values[steps[-1]].float()
+
+
 def products_of(recorded: Recorded) -> float:
     """Multiplications of all conv and linear calls for one image."""
     images = recorded.nodes[0].meta["shape"][0]

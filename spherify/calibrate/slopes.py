@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from spherify.calibrate.outputs import has_comparable_outputs, products_of, random_sums, steps_to, too_few
+from spherify.calibrate.outputs import has_comparable_outputs, products_of, random_sums, steps_to, too_few, with_slopes
 from spherify.calibrate.pair import Pair
 from spherify.calibrate.parts import Part
 from spherify.calibrate.patches import output_rows
@@ -64,16 +64,9 @@ def slopes_at(
     world: World, number: int, steps: list[int], places: list[int], count: int, generator: torch.Generator
 ) -> list[Tensor]:
     """The squares of the slopes of some random sums of each image's outputs, added up, at each place."""
-    values = world.values[number] = {0: world.batches[number]}
     try:
-        with torch.enable_grad():
-            for step in steps:
-                value = world.call(number, step)
-                if step in places and not value.requires_grad:
-                    value = value.detach().requires_grad_()
-                values[step] = value
-            answer = values[steps[-1]].float()
-            found = [values[place] for place in places]
+        answer = with_slopes(world, number, steps, places)
+        found = [world.values[number][place] for place in places]
         totals = [torch.zeros_like(value, requires_grad=False) for value in found]
         for direction in random_sums(answer.detach(), count, generator):
             slopes = torch.autograd.grad(answer, found, direction, retain_graph=True, materialize_grads=True)
@@ -81,5 +74,5 @@ def slopes_at(
                 total.addcmul_(slope, slope)
         return totals
     finally:
-        values.clear()  # with the graph
+        world.values[number].clear()  # with the graph
         world.values[number] = {0: world.batches[number]}

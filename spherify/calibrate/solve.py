@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spherify.calibrate.absorb import write_norm_
-from spherify.calibrate.held_out import best_of_, take_mean_
-from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to, too_few
+from spherify.calibrate.held_out import best_of_, take_mean_, tensors_of
+from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_axes, steps_to, too_few, with_slopes
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
@@ -109,7 +109,7 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
             break
         ridges = tuple(ridges[chosen] * factor for factor in NEXT_RIDGES)
         losses.append(loss)
-        states.append([tensor.clone() for unknown in unknowns for tensor in unknown.tensors])
+        states.append([tensor.clone() for tensor in tensors_of(unknowns)])
         if loss > (1.0 - LEAST_GAIN) * losses[-2]:
             break
     if (loss := take_mean_(outputs, unknowns, states, losses[-1])) < losses[-1]:
@@ -217,14 +217,9 @@ def play(
     """A batch through the student with its graph: values, slopes of the drawn sums, outputs, and the sums."""
     world = outputs.pair.student
     places = sorted({position for unknown in unknowns for position in unknown.positions})
-    values = world.values[number] = {0: world.batches[number]}
-    with torch.enable_grad(), frozen(world.recorded.model):
-        for step in steps_to(world, outputs.output):
-            value = world.call(number, step)
-            if step in places and not value.requires_grad:
-                value = value.detach().requires_grad_()
-            values[step] = value
-        answer = values[outputs.output].float()
+    with frozen(world.recorded.model):
+        answer = with_slopes(world, number, steps_to(world, outputs.output), places)
+    values = world.values[number]
     sums = outputs.sums(outputs.truths[number].float(), count)
     slopes = [
         torch.autograd.grad(

@@ -46,7 +46,7 @@ def test_as_many_sums_as_outputs_give_the_length_of_the_slopes():
     assert share.mean() == pytest.approx(0.8, abs=0.03)
 
 
-def test_weights_do_not_depend_on_how_images_are_split_into_rows():
+def test_rows_get_the_weights_of_their_positions_with_a_mean_of_one():
     donor = net()
     pair = pair_for(donor)
     part = next(part for part in parts_of(pair.student.recorded, kept=True) if part.is_angular)
