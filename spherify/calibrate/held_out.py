@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spherify.calibrate.outputs import Outputs
-from spherify.calibrate.subspace import Solvable
+from spherify.calibrate.unknowns import Unknown
 
 
 def best_of_(
-    outputs: Outputs, unknowns: Sequence[Solvable], changes: Sequence[Sequence[Tensor]], before: float
+    outputs: Outputs, unknowns: Sequence[Unknown], changes: Sequence[Sequence[Tensor]], before: float
 ) -> tuple[float, int | None]:
     """Make the change with the least loss on held-out images; no change where none lowers it.
 
@@ -27,7 +27,7 @@ def best_of_(
 
 
 def take_mean_(
-    outputs: Outputs, unknowns: Sequence[Solvable], states: Sequence[Sequence[Tensor]], before: float
+    outputs: Outputs, unknowns: Sequence[Unknown], states: Sequence[Sequence[Tensor]], before: float
 ) -> float:
     """Take the mean of the last 2, 4, 8, ... states with the least loss on held-out images, if it is less than before.
 
@@ -56,11 +56,11 @@ def make_best_(
     return best, chosen
 
 
-def tensors_of(unknowns: Sequence[Solvable]) -> list[Tensor]:
+def tensors_of(unknowns: Sequence[Unknown]) -> list[Tensor]:
     return [tensor for unknown in unknowns for tensor in unknown.tensors]
 
 
-def add_(unknowns: Sequence[Solvable], change: Sequence[Tensor]) -> None:
+def add_(unknowns: Sequence[Unknown], change: Sequence[Tensor]) -> None:
     for unknown, step in zip(unknowns, change, strict=True):
         unknown.add_(step)
 

@@ -16,21 +16,19 @@ from spherify.calibrate.outputs import Outputs, has_comparable_outputs, image_ax
 from spherify.calibrate.pair import Pair, inputs_of
 from spherify.calibrate.patches import output_rows
 from spherify.calibrate.statistics import Moments
-from spherify.calibrate.subspace import Solvable, narrowed
 from spherify.calibrate.unknowns import Played, Unknown, unknowns_of
 from spherify.calibrate.world import World
 from spherify.graph.flow import is_batch_norm
 from spherify.graph.record import one_line
 
-MOST_EQUATIONS = 2500  # of one solve
+MOST_EQUATIONS = 8192  # of one solve
 FLOATS_KEPT = 150_000_000  # equations times unknowns: 0.6 GB in float32
 FEWEST_SUMS = 2  # of the outputs of an image
 MOST_SUMS = 10
-EQUATIONS_LOOKED_AT = 300  # to find the subspaces in which filters may change
 LEAST_GAIN = 1e-3  # of the loss; less, and there is no further solve
 NEXT_RIDGES = (10.0, 3.0, 1.0, 1.0 / 3.0)  # times the last one that served best
 ROWS_AT_ONCE = 1024
-MOST_NUMBERS = 875_000  # of all filters; layers without room keep theirs
+MOST_NUMBERS = 4500  # with the filters of the smallest layers; with more, a solve learns its images by heart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Solved:
     Attributes:
         losses: on held-out images, before the first solve and after each that was kept; the mean's at last.
         unknowns: numbers that were solved for.
-        left: layers whose filters were too large and stayed as they were.
+        left: layers whose filters stayed as they were.
         problem: why there was no further solve, where one could not be computed.
     """
 
@@ -71,11 +69,11 @@ class Solved:
 def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] = lambda name: None) -> Solved | None:
     """Bring the student's outputs nearer to the donor's by linear solves over everything that can be changed.
 
-    At each, the student's outputs are linearised in all scales, offsets and filters, and the least squares towards
-    the donor's outputs solved with a ridge, for images that are mirrored and moved anew each time. The ridge that
-    serves the held-out images best is taken, and only where it lowers their loss. Where equations times unknowns do
-    not fit, filters change in those subspaces alone in which most of their slopes lie. At the end the mean of the last
-    two, four, ... states is taken where it has less loss than the last one.
+    At each, the student's outputs are linearised in all scales and offsets and the filters of small layers, and the
+    least squares towards the donor's outputs solved with a ridge, for images that are mirrored and moved anew each
+    time: all of them, as long as equations times unknowns fit. The ridge that serves the held-out images best is
+    taken, and only where it lowers their loss. At the end the mean of the last two, four, ... states is taken where it
+    has less loss than the last one.
 
     Returns:
         What was done, or why nothing was; None where outputs are no numbers image by image.
@@ -88,18 +86,17 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     if problem := too_few(pair):
         return Solved(losses=(), unknowns=0, left=(), problem=problem)
     outputs = Outputs(pair, torch.Generator().manual_seed(solves.seed))
-    full, left = unknowns_of(pair.student.recorded, MOST_NUMBERS, kept=solves.refits_kept)
-    axes = image_axes(outputs, {position for unknown in full for position in unknown.positions})
-    full = [unknown for unknown in full if all(position in axes for position in unknown.positions)]
-    sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), outputs.width)
-    unknowns: Sequence[Solvable] = []
+    unknowns, left = unknowns_of(pair.student.recorded, MOST_NUMBERS, kept=solves.refits_kept)
+    axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
+    unknowns = [unknown for unknown in unknowns if all(position in axes for position in unknown.positions)]
+    size = sum(unknown.size for unknown in unknowns)
+    sums, images = shape_of_group(sum(len(pair.student.batches[seen]) for seen in outputs.seen), outputs.width, size)
     ridges, losses, problem = solves.ridges, [outputs.loss()], ""
     states: list[list[Tensor]] = []
-    for number in range(solves.count if full else 0):
+    for number in range(solves.count if unknowns else 0):
         progress(f"outputs {number + 1}")
         group = drawn_group(outputs, images)
         try:
-            unknowns = unknowns or fitting(outputs, full, axes, group, sums)
             changes = changes_of(outputs, unknowns, axes, group, ridges, sums)
         except RuntimeError as error:  # a function without a derivative, which torch tells only when asked for it
             problem = one_line(error)
@@ -117,14 +114,14 @@ def solve_outputs_(pair: Pair, solves: Solves, progress: Callable[[str], None] =
     outputs.close()
     if len(losses) > 1:
         refresh_norms_(pair.student, {unknown.name for unknown in unknowns})
-    size = sum(unknown.size for unknown in unknowns)
     return Solved(losses=tuple(losses), unknowns=size, left=tuple(left), problem=problem)
 
 
-def shape_of_group(images: int, outputs: int) -> tuple[int, int]:
+def shape_of_group(images: int, outputs: int, unknowns: int) -> tuple[int, int]:
     """(sums of the outputs of each image, images in a solve): the fewer images there are, the more sums of each."""
-    sums = min(outputs, max(FEWEST_SUMS, min(MOST_SUMS, MOST_EQUATIONS // images)))
-    return sums, max(1, MOST_EQUATIONS // sums)
+    equations = max(FEWEST_SUMS, min(MOST_EQUATIONS, FLOATS_KEPT // max(1, unknowns)))
+    sums = min(outputs, max(FEWEST_SUMS, min(MOST_SUMS, equations // images)))
+    return sums, max(1, equations // sums)
 
 
 def drawn_group(outputs: Outputs, limit: int) -> list[int]:
@@ -139,80 +136,83 @@ def drawn_group(outputs: Outputs, limit: int) -> list[int]:
     return group
 
 
-def fitting(
-    outputs: Outputs, unknowns: Sequence[Unknown], axes: dict[int, int], group: list[int], sums: int
-) -> list[Solvable]:
-    """The unknowns, as many of them as there is memory for: filters in subspaces found on the first of the group."""
-    equations = sums * sum(len(outputs.pair.student.batches[number]) for number in group)
-    limit = FLOATS_KEPT // equations
-    size = sum(unknown.size for unknown in unknowns)
-    if size <= limit:
-        return list(unknowns)
-    wanted = min(EQUATIONS_LOOKED_AT, FLOATS_KEPT // size)
-    first: list[int] = []
-    while not first or sums * sum(len(outputs.pair.student.batches[number]) for number in first) < wanted:
-        first.append(group[len(first)])
-    rows, _ = equations_of(outputs, unknowns, axes, first, sums)
-    return narrowed(unknowns, rows, limit)
-
-
 def changes_of(
     outputs: Outputs,
-    unknowns: Sequence[Solvable],
+    unknowns: Sequence[Unknown],
     axes: dict[int, int],
     group: list[int],
     ridges: Sequence[float],
     sums: int,
 ) -> list[list[Tensor]]:
     """For each ridge that rounding allows, the solution, one tensor an unknown; empty if slopes are infinite."""
-    blocks, errors = equations_of(outputs, unknowns, axes, group, sums)
-    scales = [
-        unknown.spread(block.norm(dim=0).square()).clamp_min(1e-30).rsqrt()
-        for unknown, block in zip(unknowns, blocks, strict=True)
+    slopes, errors = equations_of(outputs, unknowns, axes, group, sums)
+    sizes = [unknown.size for unknown in unknowns]
+    squares = slopes.norm(dim=0).square().split(sizes)
+    scales = [unknown.spread(of_it).clamp_min(1e-30).rsqrt() for unknown, of_it in zip(unknowns, squares, strict=True)]
+    slopes *= torch.cat(scales)
+    return [
+        [change * scale for change, scale in zip(found.split(sizes), scales, strict=True)]
+        for found in ridge_solutions(slopes, errors, ridges)
     ]
-    gram = torch.zeros(len(errors), len(errors), device=errors.device)
-    for block, scale in zip(blocks, scales, strict=True):
-        block.mul_(scale)
-        for first in range(0, len(gram), ROWS_AT_ONCE):  # the lower triangle, which is all that is read
-            end = first + ROWS_AT_ONCE
-            gram[first:end, :end] += block[first:end] @ block[:end].mT
+
+
+def ridge_solutions(slopes: Tensor, errors: Tensor, ridges: Sequence[float]) -> list[Tensor]:
+    """The least squares of ``slopes @ x - errors`` for each ridge that rounding allows, the (U,) of (R, U) slopes.
+
+    By normal equations in float64 where there are fewer unknowns than equations, else by the products of equations.
+
+    Args:
+        ridges: relative to the mean square of an equation's slopes.
+    """
+    is_tall = slopes.shape[1] < len(slopes)
+    gram = (slopes.mT @ slopes).double() if is_tall else lower_products(slopes)
+    wanted = slopes.mT @ errors if is_tall else errors
     if not bool(gram.isfinite().all()):  # a slope can be infinite where the value is not
         return []
-    size, found = gram.diagonal().mean().clone(), []
+    size, found = gram.diagonal().sum() / len(slopes), []
     for ridge in ridges:
         damped = gram.clone()
         damped.diagonal().add_(ridge * size)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed:
             break
-        weights = torch.cholesky_solve(errors[:, None], factor)[:, 0]
-        found.append([weights @ block * scale for block, scale in zip(blocks, scales, strict=True)])
+        solution = torch.cholesky_solve(wanted[:, None].to(factor), factor)[:, 0].to(slopes)
+        found.append(solution if is_tall else solution @ slopes)
     return found
 
 
+def lower_products(slopes: Tensor) -> Tensor:
+    """The lower triangle of ``slopes @ slopes.mT``, which is all that is read of it."""
+    gram = slopes.new_zeros(len(slopes), len(slopes))
+    for first in range(0, len(gram), ROWS_AT_ONCE):
+        end = first + ROWS_AT_ONCE
+        gram[first:end, :end] = slopes[first:end] @ slopes[:end].mT
+    return gram
+
+
 def equations_of(
-    outputs: Outputs, unknowns: Sequence[Solvable], axes: dict[int, int], group: list[int], count: int
-) -> tuple[list[Tensor], Tensor]:
-    """For some sums of each image's outputs: how they change with the unknowns, (sums, size) each, and their errors."""
+    outputs: Outputs, unknowns: Sequence[Unknown], axes: dict[int, int], group: list[int], count: int
+) -> tuple[Tensor, Tensor]:
+    """For some sums of each image's outputs: how they change with all unknowns, (sums, size), and their errors."""
     images = sum(len(outputs.pair.student.batches[number]) for number in group)
-    blocks: list[Tensor] = []
+    slopes = torch.empty(0)
     errors: list[Tensor] = []
     filled = 0
     for number in group:
         played, answer, sums = play(outputs, unknowns, axes, number, count)
         difference = outputs.truths[number].float() - answer
         errors.append((sums * difference).flatten(2).sum(2).flatten())
-        blocks = blocks or [answer.new_empty(len(sums) * images, unknown.size) for unknown in unknowns]
+        if not filled:
+            slopes = answer.new_empty(len(sums) * images, sum(unknown.size for unknown in unknowns))
         end = filled + len(errors[-1])
-        for block, unknown in zip(blocks, unknowns, strict=True):
-            block[filled:end] = unknown.rows(played).flatten(0, 1)
+        torch.cat([unknown.rows(played).flatten(0, 1) for unknown in unknowns], 1, out=slopes[filled:end])
         filled = end
         played.world.values[number] = {0: played.world.batches[number]}
-    return blocks, torch.cat(errors)
+    return slopes, torch.cat(errors)
 
 
 def play(
-    outputs: Outputs, unknowns: Sequence[Solvable], axes: dict[int, int], number: int, count: int
+    outputs: Outputs, unknowns: Sequence[Unknown], axes: dict[int, int], number: int, count: int
 ) -> tuple[Played, Tensor, Tensor]:
     """A batch through the student with its graph: values, slopes of the drawn sums, outputs, and the sums."""
     world = outputs.pair.student

@@ -14,8 +14,7 @@ from spherify.calibrate.fresh import moved
 from spherify.calibrate.held_out import take_mean_
 from spherify.calibrate.outputs import FEWEST_IMAGES, Outputs, image_axes, outputs_of
 from spherify.calibrate.pair import Pair
-from spherify.calibrate.solve import Solves, drawn_group, equations_of, play, solve_outputs_
-from spherify.calibrate.subspace import Subspace, narrowed
+from spherify.calibrate.solve import Solves, drawn_group, play, ridge_solutions, shape_of_group, solve_outputs_
 from spherify.calibrate.unknowns import Filters, unknowns_of
 
 IMAGES = image(60, 3, 12, 12)
@@ -241,52 +240,45 @@ def test_a_group_holds_no_more_images_than_wanted_and_no_batch_twice():
     assert len(drawn_group(outputs, 5)) == 1
 
 
-# ---------------------------------------------------------------------------------------------- subspaces
+# ---------------------------------------------------------------------------------------------- one solve
 
 
-def slopes_of(outputs: Outputs) -> tuple[list, list[torch.Tensor], dict[int, int]]:
-    unknowns, _ = unknowns_of(outputs.pair.student.recorded, 10**9, kept=True)
-    axes = image_axes(outputs, {position for unknown in unknowns for position in unknown.positions})
-    return unknowns, equations_of(outputs, unknowns, axes, outputs.seen, 2)[0], axes
+@pytest.mark.parametrize("unknowns", [40, 90], ids=["fewer unknowns than equations", "more"])
+def test_a_solve_is_the_ridge_regression_of_its_equations(unknowns):
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.randn(60, unknowns, generator=generator) * torch.logspace(-1, 1, unknowns)
+    errors = torch.randn(60, generator=generator)
+    ridges = (30.0, 0.1)
+    size = slopes.double().square().sum() / 60
+    for ridge, found in zip(ridges, ridge_solutions(slopes, errors, ridges), strict=True):
+        below = (ridge * size).sqrt() * torch.eye(unknowns, dtype=torch.float64)
+        padded = torch.cat([errors, torch.zeros(unknowns)]).double()[:, None]
+        expected = torch.linalg.lstsq(torch.cat([slopes.double(), below]), padded).solution[:, 0]
+        assert float((found - expected).norm()) < 1e-4 * float(expected.norm())
 
 
-def test_filters_without_memory_change_in_the_subspaces_that_hold_most_of_their_slopes():
-    outputs = outputs_for(residual_net())
-    unknowns, rows, axes = slopes_of(outputs)
-    size = sum(unknown.size for unknown in unknowns)
-    assert narrowed(unknowns, rows, size) == unknowns
-    found = narrowed(unknowns, rows, size // 2)
-    assert size // 8 < sum(unknown.size for unknown in found) <= size // 2
-    for unknown, full, slopes in zip(found, unknowns, rows, strict=True):
-        if isinstance(unknown, Subspace):
-            unfolded = slopes.unflatten(1, (len(unknown.left), -1))
-            kept = unknown.left @ unknown.left.T @ unfolded @ unknown.right @ unknown.right.T
-            assert kept.square().sum() > 0.6 * unfolded.square().sum()
-            played = play(outputs, unknowns, axes, outputs.seen[0], 2)[0]
-            rest = full.rows(played).unflatten(2, (len(unknown.left), -1))
-            torch.testing.assert_close(unknown.rows(played), (unknown.left.T @ rest @ unknown.right).flatten(2))
+@pytest.mark.parametrize("unknowns", [40, 90])
+def test_infinite_slopes_have_no_solution(unknowns):
+    slopes = torch.randn(60, unknowns)
+    slopes[3, 2] = float("inf")
+    assert ridge_solutions(slopes, torch.randn(60), (1.0,)) == []
 
 
-def test_a_change_in_a_subspace_changes_the_outputs_as_its_rows_say():
-    outputs = outputs_for(residual_net())
-    unknowns, rows, axes = slopes_of(outputs)
-    found = narrowed(unknowns, rows, sum(unknown.size for unknown in unknowns) // 2)
-    unknown = next(unknown for unknown in found if isinstance(unknown, Subspace))
-    played, before, sums = play(outputs, found, axes, 0, 1)
-    change = 2e-5 * torch.randn(unknown.size, generator=torch.Generator().manual_seed(2))
-    expected = unknown.rows(played)[0] @ change
-    unknown.add_(change)
-    after = outputs_of(outputs.pair.student, outputs.output, [0])[0]
-    assert float(((sums[0] * (after - before)).sum(1) - expected).norm()) < 0.05 * float(expected.norm())
+def test_equations_are_bounded_and_few_images_have_more_sums_each():
+    assert shape_of_group(3600, 10, 2468) == (2, 4096)
+    assert shape_of_group(240, 5, 1666) == (5, 1638)
+    assert shape_of_group(800, 10, 2468) == (10, 819)
+    assert shape_of_group(3600, 10, 53_120) == (2, 1411)  # a ResNet-50's scales and offsets
+    assert shape_of_group(10**6, 1000, 10**9) == (2, 1)
 
 
-def test_little_memory_still_brings_other_images_nearer(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("spherify.calibrate.solve"), "FLOATS_KEPT", 600_000)
+def test_scales_and_offsets_alone_still_bring_other_images_nearer(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("spherify.calibrate.solve"), "MOST_NUMBERS", 300)
     donor = residual_net()
     model = disturbed(donor)
     before = error(model, donor)
     done = solved(model, donor, MANY)
-    assert done.unknowns < 600
+    assert done.unknowns <= 300 and len(done.left) == 3
     assert error(model, donor) < 0.7 * before
 
 
