@@ -50,6 +50,12 @@ class Elementwise(ctypes.Structure):
     )
 
 
+class Layer(ctypes.Structure):
+    """As in cpu_folded.h."""
+
+    _fields_ = (("window", Window), ("response", Elementwise), ("eps", c_float), ("scale", c_float))
+
+
 class Backward(ctypes.Structure):
     """As in cpu_kernels.c."""
 
@@ -64,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves"))
+        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves", "folded"))
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
         WHY_NOT.append(str(error))
@@ -78,6 +84,7 @@ def library() -> ctypes.CDLL | None:
     found.normalised_rows.restype = None
     found.forward.argtypes = (pointer, pointer, pointer)
     found.forward.restype = None
+    found.respond_to_patches.argtypes = (pointer, pointer, pointer, pointer)
     found.backward.argtypes = (pointer, pointer)
     found.subtract_along_filters.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
     found.subtract_along_filters.restype = None

@@ -243,6 +243,8 @@ void forward(float *product, float *kept, const Elementwise *e) {
     else if (!is_small || !forward_small_planes(product, kept, &same)) forward_planes(product, kept, e);
 }
 
+#include "cpu_folded.h"
+
 /* ---- backward ---- */
 
 typedef struct {

@@ -345,15 +345,19 @@ static int is_three_by_three(const Window *w, long stride) {
 
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    int is_pointwise = w->window[0] * w->window[1] == 1 && w->padding[0] + w->padding[1] == 0
+                       && w->stride[0] * w->stride[1] == 1;
     if (w->channels_last && w->groups > 1) return depthwise_inverse_norm(x, inverse, w, eps, scale);
+    if (w->channels_last && is_pointwise) {
+        inverse_lengths(x, inverse, w->images * w->height * w->width, w->channels, eps, scale, w->threads);
+        return 0;
+    }
     if (is_three_by_three(w, 1)) return three_by_three_inverse_norm(x, inverse, w, eps, scale);
     if (is_three_by_three(w, 2) && w->height % 2 == 0 && w->width % 2 == 0)
         return halving_inverse_norm(x, inverse, w, eps, scale);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];
-    int is_pointwise = w->window[0] * w->window[1] == 1 && w->padding[0] + w->padding[1] == 0
-                       && w->stride[0] * w->stride[1] == 1;
     int failed = 0;
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {

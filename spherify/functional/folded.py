@@ -177,11 +177,10 @@ def folded_linear(
     if by_kernels and operator == "cosine" and x.shape[-1] < 2 * weight.shape[0]:
         # fewer numbers in the input than passes over the output would touch, and the product adds the bias itself
         def unit() -> Tensor:
-            return cpu_kernels.normalised_rows(given, eps, power)
+            return cpu_kernels.normalised_rows(given, eps, power).view(x.shape)
 
-        rows = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
-        rows = rows if activation is None else rows.clamp_(*BOUNDS[activation])
-        return rows.view(*x.shape[:-1], weight.shape[0])
+        out = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
+        return out if activation is None else out.clamp_(*BOUNDS[activation])
 
     def inverse() -> Tensor:
         if by_kernels:

@@ -13,12 +13,13 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.cosine import CONVOLUTIONS
 from spherify.functional.curves import curve_of, prepare
-from spherify.functional.folded import BOUNDS, SharedNorms, finish, needs_graph, served
+from spherify.functional.folded import BOUNDS, SharedNorms, served
 from spherify.functional.fused import takes
 
 ByFilter = float | Tensor | None
 Constants = tuple[Tensor | None, Tensor | None, ByFilter]  # bias, scale, steepness
-Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]  # None: the long way must be gone
+Place = tuple[Any, ...]  # the arguments of ``cpu_kernels.patch_inverse_norm`` behind the input
 MOST_WAYS = 16  # of a layer; images of many sizes must not fill the memory
 
 
@@ -33,11 +34,15 @@ class QuickCalls:
     def __reduce__(self) -> tuple[type[QuickCalls], tuple[()]]:
         return QuickCalls, ()
 
-    def way_for(self, x: Tensor, weight: Tensor, *constants: ByFilter) -> Run | None:
-        """What serves such an input, if it is known, with constants (bias, scale, steepness) lying where they lie."""
-        if not takes(x) or needs_graph(x) or torch.is_autocast_enabled("cpu"):
+    def way_for(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, steepness: ByFilter
+    ) -> Run | None:
+        """What serves such an input, if it is known, with constants lying where they lie."""
+        if not takes(x) or torch.is_autocast_enabled("cpu"):
             return None
-        return self.ways.get(key_of(x, weight, constants))
+        if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
+            return None
+        return self.ways.get(key_of(x, weight, bias, scale, steepness))
 
     def remember(
         self, x: Tensor, weight: Tensor, *constants: ByFilter, groups: int, make: Callable[[], Run | None]
@@ -46,7 +51,7 @@ class QuickCalls:
         rows = x if x.dim() == weight.dim() else x.reshape(-1, x.shape[-1])
         if torch.is_autocast_enabled("cpu") or not served(rows, groups) or not all(map(is_ready, constants)):
             return
-        key = key_of(x, weight, constants)
+        key = key_of(x, weight, *constants)
         if self.met != key:
             self.met = key
         elif (way := make()) is not None:
@@ -66,9 +71,24 @@ class QuickCalls:
         return held[1]
 
 
-def key_of(x: Tensor, weight: Tensor, constants: tuple[ByFilter, ...]) -> tuple[Any, ...]:
-    places = (value.data_ptr() if isinstance(value, Tensor) else value for value in constants)
-    return x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, torch.get_num_threads(), *places
+def key_of(
+    x: Tensor, weight: Tensor, bias: ByFilter = None, scale: ByFilter = None, steepness: ByFilter = None
+) -> tuple[Any, ...]:
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        weight.shape,
+        weight.dtype,
+        torch.get_num_threads(),
+        place_of(bias),
+        place_of(scale),
+        place_of(steepness),
+    )
+
+
+def place_of(value: ByFilter) -> ByFilter:
+    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def is_ready(value: ByFilter) -> bool:
@@ -79,36 +99,53 @@ def is_ready(value: ByFilter) -> bool:
 
 
 def ready_response(
-    product: Tensor, inverse: Tensor, operator: str, constants: Constants, activation: str | None
+    x: Tensor,
+    product: Tensor,
+    place: Place,
+    operator: str,
+    constants: Constants,
+    activation: str | None,
+    shared: SharedNorms | None,
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """``finish`` for products and norms that lie as these do: of (product, inverse), in place."""
-    groups = inverse.shape[1]
+    """Norms and ``finish`` in one call, of inputs and products that lie as these do; in the product's place."""
+    *numbers, eps, power = place
+    first = cpu_kernels.patch_inverse_norm(x, *place)
+    fit = cpu_binding.takes(product, first.shape[1]) and cpu_binding.fits(product, first)
     filters = product.shape[1]
-    fit = cpu_binding.takes(product, groups) and cpu_binding.fits(product, inverse)
     if not fit or any(isinstance(value, Tensor) and value.numel() != filters for value in constants):
         return None
     bias, scale, steep = constants
     guard = torch.inf if operator == "cosine" else cpu_kernels.guard_of(operator)
     low, high = BOUNDS[activation]
-    values = dict(gain=scale, bias=bias, steep=steep)
-    described, alive = cpu_kernels.elementwise(
-        product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve_of(operator, steep)
+    response, alive = cpu_kernels.elementwise(
+        product,
+        first,
+        operator,
+        dict(gain=scale, bias=bias, steep=steep),
+        guard=guard,
+        low=low,
+        high=high,
+        curve=curve_of(operator, steep),
     )
+    layer = cpu_binding.Layer(cpu_kernels.described_window(x, *numbers)[0], response, eps, power)
     kernels = cpu_binding.library()
     assert kernels is not None
-    forward, template, strides = kernels.forward, bytes(described), product.stride()
-    copied, by_reference = cpu_binding.Elementwise.from_buffer_copy, ctypes.byref
-    kept = [value for value in alive[1:] if not any(value is given for given in constants)]  # those made here
+    respond, by_reference, is_linear = kernels.respond_to_patches, ctypes.byref(layer), not numbers[0]
 
-    def respond_(product: Tensor, inverse: Tensor) -> Tensor:
-        if product.requires_grad or product.dtype != torch.float32 or product.stride() != strides:
-            return finish(product, inverse, operator, steep, scale, bias, activation, by_kernels=True)
-        own = copied(template)  # several threads may be here
-        own.inverse = inverse.data_ptr()
-        forward(product.data_ptr(), None, by_reference(own))
+    def norms_of(x: Tensor) -> Tensor:
+        return cpu_kernels.patch_inverse_norm(x.view(-1, x.shape[-1]) if is_linear else x, *place)
+
+    def respond_(x: Tensor, product: Tensor) -> Tensor:
+        if shared is None:
+            failed = respond(x.data_ptr(), None, product.data_ptr(), by_reference)
+        else:
+            inverse = shared.get(x, place, lambda: norms_of(x))
+            failed = respond(None, inverse.data_ptr(), product.data_ptr(), by_reference)
+        cpu_kernels.checked(failed)
         return product
 
-    respond_.kept = kept  # type: ignore[attr-defined]
+    # what was made here lives with it; the layer's own constants are known by their places
+    respond_.kept = [value for value in alive[1:] if not any(value is given for given in constants)]  # type: ignore[attr-defined]
     return respond_
 
 
@@ -126,41 +163,16 @@ def ready_conv(
     activation: str | None,
 ) -> Run | None:
     """``folded_conv`` of inputs like ``x`` that it answered with tensors like ``out``."""
-    norms_of = ready_norms(x, window, numbers, eps, power)
-    respond_ = ready_response(out, norms_of(x), operator, constants, activation)
-    convolve, key = CONVOLUTIONS[len(window)], (window, numbers, eps, power)
+    respond_ = ready_response(x, out, (window, *numbers, eps, power), operator, constants, activation, shared)
+    convolve, strides = CONVOLUTIONS[len(window)], out.stride()
     if respond_ is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        inverse = norms_of(x) if shared is None else shared.get(x, key, lambda: norms_of(x))
-        return respond_(convolve(x, weight, None, *numbers), inverse)
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        product = convolve(x, weight, None, *numbers)
+        return respond_(x, product) if product.stride() == strides else None
 
     return run
-
-
-def ready_norms(
-    x: Tensor,
-    window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    eps: float,
-    power: float,
-) -> Callable[[Tensor], Tensor]:
-    """``cpu_kernels.patch_inverse_norm`` of inputs that lie as ``x`` does."""
-    first = cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
-    if cpu_binding.lies_in_rows(x, numbers[3]) and all(size == 1 for size in window):
-        return lambda x: cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
-    described, _ = cpu_kernels.described_window(x, window, *numbers)
-    kernels = cpu_binding.library()
-    assert kernels is not None
-    compute, place, shape, strides = kernels.patch_inverse_norm, ctypes.byref(described), first.shape, first.stride()
-
-    def norms_of(x: Tensor) -> Tensor:
-        out = torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
-        cpu_kernels.checked(compute(x.data_ptr(), out.data_ptr(), place, eps, power))
-        return out
-
-    return norms_of
 
 
 def ready_linear(
@@ -177,7 +189,7 @@ def ready_linear(
     """``folded_linear`` of inputs like ``x`` that it answered with tensors like ``out``."""
     if not x.is_contiguous():
         return None
-    size, filters, shape = x.shape[-1], out.shape[-1], out.shape
+    size, filters, strides = x.shape[-1], out.shape[-1], out.stride()
     rows, threads = x.numel() // size, cpu_binding.threads_for(x.numel())
     kernels = cpu_binding.library()
     assert kernels is not None
@@ -185,29 +197,24 @@ def ready_linear(
         normalise = kernels.normalised_rows
 
         def unit(x: Tensor) -> Tensor:
-            made = torch.empty((rows, size), dtype=torch.float32, device="cpu")
+            made = torch.empty_like(x)
             normalise(x.data_ptr(), made.data_ptr(), rows, size, eps, power, threads)
             return made
 
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             found = unit(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: unit(x))
             product = F.linear(found, weight, bias)
-            return (product if activation is None else product.clamp_(*BOUNDS[activation])).view(shape)
+            return product if activation is None else product.clamp_(*BOUNDS[activation])
 
         return multiply
-    lengths = kernels.inverse_lengths
-
-    def norms_of(x: Tensor) -> Tensor:
-        made = torch.empty((rows, 1), dtype=torch.float32, device="cpu")
-        lengths(x.data_ptr(), made.data_ptr(), rows, size, eps, power, threads)
-        return made
-
-    respond_ = ready_response(out.view(rows, filters), norms_of(x), operator, constants, activation)
+    place = ((), (), (), (), 1, eps, power)
+    rows_of = x.view(rows, size), out.view(rows, filters)
+    respond_ = ready_response(*rows_of, place, operator, constants, activation, shared)
     if respond_ is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        inverse = norms_of(x) if shared is None else shared.get(x, (eps, power), lambda: norms_of(x))
-        return respond_(F.linear(x.view(rows, size), weight), inverse).view(shape)
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        product = F.linear(x, weight)
+        return respond_(x, product) if product.stride() == strides else None
 
     return run

@@ -69,8 +69,9 @@ class FoldedConv(Folded, SphereConv):
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self.padded(x)
         weight, constants = self.weight, (self.bias, self.gain, self.steepness)
-        if (way := self.quick.way_for(x, weight, *constants)) is not None:
-            return way(x, weight, constants[0])
+        way = self.quick.way_for(x, weight, *constants)
+        if way is not None and (out := way(x, weight, constants[0])) is not None:
+            return out
         out = self.slowly(x, padding)
         if isinstance(padding, tuple) and self.padding_mode == "zeros" and x.dim() == weight.dim():
             window, numbers = tuple(weight.shape[2:]), (self.stride, padding, self.dilation, self.groups)
@@ -141,11 +142,12 @@ class FoldedLinear(Folded, SphereLinear):
     """``SphereLinear`` for inference."""
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        constants = (self.bias if bias is None else bias, self.gain, self.steepness)
+        way = self.quick.way_for(x, self.weight, *constants)
+        if way is not None and (out := way(x, self.weight, constants[0])) is not None:
+            return out
         # detached: an owner that calls the layer for F.linear by its very weight must not do so here
         weight = self.weight.detach()
-        constants = (self.bias if bias is None else bias, self.gain, self.steepness)
-        if (way := self.quick.way_for(x, weight, *constants)) is not None:
-            return way(x, weight, constants[0])
         options: dict[str, Any] = dict(operator=self.operator, eps=self.eps, power=self.power)
         options |= dict(shared=self.shared, activation=self.activation)
         out = folded_linear(x, weight, *constants[:2], steepness=constants[2], **options)

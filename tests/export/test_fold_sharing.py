@@ -66,6 +66,26 @@ def test_a_norm_is_computed_once_in_eager_mode(case, operator, monkeypatch):
     assert len(computed) == {"convs": 2 if in_one_pass else 3, "projections": 1}[case]
 
 
+@pytest.mark.skipif(cpu_binding.library() is None, reason=f"CPU kernels: {cpu_binding.state()}")
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_shape_met_before_has_its_norms_once_and_anew_for_other_numbers(case, operator, monkeypatch):
+    model, folded, x = folded_pair(case, operator)
+    for _ in range(3):
+        folded(x)
+    get, computed = SharedNorms.get, []
+
+    def counting(self, x, key, compute):
+        return get(self, x, key, lambda: computed.append(key) or compute())
+
+    monkeypatch.setattr(SharedNorms, "get", counting)
+    for images in (x.clone(), 2 * x.flip(0)):
+        computed.clear()
+        assert_close(folded(images), model(images), rtol=1e-5, atol=1e-5)
+        assert len(computed) == {"convs": 2, "projections": 1}[case]
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_norm_is_computed_once_in_an_exported_program(case, operator):
