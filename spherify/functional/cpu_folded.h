@@ -6,17 +6,34 @@ typedef struct {
     float eps, scale;
 } Layer;
 
-/* 64-byte lines, which the widest registers fill whole; NULL where there is no room. */
-static float *room_for(long count) { return aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64); }
+/* Between the two calls of a layer, each thread's own: the input is read before the product throws it out of the cache. */
+enum { MOST_HELD = 1 << 15 };
+static __thread float held[MOST_HELD] __attribute__((aligned(64)));
 
-/* The response to `product`, in place, by the norms of x's patches, or by those given. */
-int respond_to_patches(const float *x, const float *inverse, float *product, const Layer *layer) {
+/* Whether this layer's norms find room there. */
+int can_hold(const Layer *layer) {
     const Window *w = &layer->window;
+    return w->images * w->groups * w->out_height * w->out_width <= MOST_HELD;
+}
+
+int hold_norms(const float *x, const Layer *layer) {
+    return patch_inverse_norm(x, held, &layer->window, layer->eps, layer->scale);
+}
+
+/* product = the response to it, by the norms held or those given. */
+void respond_to_norms(const float *inverse, float *product, const Layer *layer) {
     Elementwise response = layer->response;
-    float *room = inverse ? NULL : room_for(w->images * w->groups * w->out_height * w->out_width);
-    int failed = !inverse && (!room || patch_inverse_norm(x, room, w, layer->eps, layer->scale));
-    response.inverse = inverse ? inverse : room;
-    if (!failed) forward(product, NULL, &response);
+    response.inverse = inverse ? inverse : held;
+    forward(product, NULL, &response);
+}
+
+/* Both in one, where there are too many to hold. */
+int respond_to_patches(const float *x, float *product, const Layer *layer) {
+    const Window *w = &layer->window;
+    long size = w->images * w->groups * w->out_height * w->out_width * sizeof(float);
+    float *room = aligned_alloc(64, (size + 63) / 64 * 64);
+    int failed = room == NULL || patch_inverse_norm(x, room, w, layer->eps, layer->scale);
+    if (!failed) respond_to_norms(room, product, layer);
     free(room);
     return failed;
 }

@@ -15,7 +15,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 #define INLINE static inline __attribute__((always_inline))
 enum { COSINE, LINEAR, SIGMOID, CURVE };
-enum { TILE = 2048, ROWS_A_SUM = 64, RUN = 128, FEW = 64, CHUNK = 1024 };
+enum { TILE = 2048, STRIP = 256, ROWS_A_SUM = 64, RUN = 128, FEW = 64, CHUNK = 1024 };
 static const float HALF_PI = 1.57079632679489662f, TWO_OVER_PI = 0.63661977236758134f;
 
 INLINE float least(float a, float b) { return a < b ? a : b; } /* b if it is NaN */

@@ -86,12 +86,14 @@ def patch_inverse_norm(
     return out
 
 
-def normalised_rows(x: Tensor, eps: float, scale: float) -> Tensor:
-    """``x scale / |x|`` row by row, of a contiguous (R, D)."""
+def normalised(x: Tensor, eps: float, scale: float, inverse: Tensor | None = None) -> Tensor:
+    """``x scale / |x|`` at each position of a (N, C, ...), or ``x inverse``, (N, 1, ...)."""
     kernels = library()
     assert kernels is not None
-    out = torch.empty_like(x)
-    kernels.normalised_rows(x.data_ptr(), out.data_ptr(), *x.shape, eps, scale, threads_for(x.numel()))
+    ones = (1,) * (x.dim() - 2)
+    described, _ = described_window(x, ones, ones, (0,) * len(ones), ones, 1)
+    out, norms = torch.empty_like(x), None if inverse is None else inverse.data_ptr()
+    kernels.normalise(x.data_ptr(), norms, out.data_ptr(), ctypes.byref(described), eps, scale)
     return out
 
 

@@ -75,14 +75,37 @@ void inverse_lengths(const float *x, float *inverse, long rows, long channels, f
         inverse[row] = scale / sqrtf(squares_of_row(x + row * channels, channels) + eps);
 }
 
-/* out[row] = x[row] scale / sqrt(|x[row]|^2 + eps). */
-void normalised_rows(const float *x, float *out, long rows, long channels, float eps, float scale, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long row = 0; row < rows; row++) {
-        const float *from = x + row * channels;
-        float *to = out + row * channels, factor = scale / sqrtf(squares_of_row(from, channels) + eps);
+/* out = x scale / sqrt(|x|^2 + eps) at each position, or x times the numbers given; for windows of one pixel, one group. */
+void normalise(const float *x, const float *inverse, float *out, const Window *w, float eps, float scale) {
+    long pixels = w->height * w->width, channels = w->channels;
+    if (w->channels_last) {
+#pragma omp parallel for schedule(static) num_threads(w->threads) if (w->threads > 1)
+        for (long row = 0; row < w->images * pixels; row++) {
+            const float *from = x + row * channels;
+            float *to = out + row * channels;
+            float factor = inverse ? inverse[row] : scale / sqrtf(squares_of_row(from, channels) + eps);
 #pragma omp simd
-        for (long c = 0; c < channels; c++) to[c] = from[c] * factor;
+            for (long c = 0; c < channels; c++) to[c] = from[c] * factor;
+        }
+        return;
+    }
+    long tiles = (pixels + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(static) num_threads(w->threads) if (w->threads > 1)
+    for (long task = 0; task < w->images * tiles; task++) {
+        float factors[STRIP] = {0};
+        long n = task / tiles, first = task % tiles * STRIP, count = pixels - first < STRIP ? pixels - first : STRIP;
+        const float *from = x + n * channels * pixels + first;
+        float *to = out + n * channels * pixels + first;
+        if (inverse) memcpy(factors, inverse + n * pixels + first, count * sizeof(float));
+        else {
+            if (pixels < FEW) add_squares_of_few(from, channels, pixels, factors);
+            else add_squares(from, channels, pixels, count, factors);
+            inverse_roots(factors, factors, count, eps, scale);
+        }
+        for (long c = 0; c < channels; c++) {
+#pragma omp simd
+            for (long s = 0; s < count; s++) to[c * pixels + s] = from[c * pixels + s] * factors[s];
+        }
     }
 }
 

@@ -83,18 +83,49 @@ def served(x: Tensor, groups: int) -> bool:
     return takes(x) and x.dim() <= 4 and not needs_graph(x) and cpu_binding.takes(x, groups)
 
 
-def norms_by_kernel(
-    x: Tensor,
-    window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    eps: float,
-    power: float,
-    shared: SharedNorms | None,
-) -> Tensor:
-    def compute() -> Tensor:
-        return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+Numbers = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
-    return compute() if shared is None else shared.get(x, (window, numbers, eps, power), compute)
+
+def norms_by_kernel(
+    x: Tensor, window: tuple[int, ...], numbers: Numbers, eps: float, power: float, shared: SharedNorms | None
+) -> Tensor:
+    """``power`` / |patch|, (N, G, P, Q). A norm of single pixels is shared by layers of any stride."""
+    if shared is None:
+        return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+    stride, padding, dilation, groups = numbers
+    is_sparse = is_pointwise(window, padding) and any(step != 1 for step in stride)
+
+    def compute() -> Tensor:
+        if not is_sparse:
+            return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+        dense = norms_by_kernel(x, window, ((1,) * len(stride), padding, dilation, groups), eps, power, shared)
+        kept = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        return dense[kept].contiguous()
+
+    return shared.get(x, (window, numbers, eps, power), compute)
+
+
+def is_pointwise(window: Sequence[int], padding: Sequence[int]) -> bool:
+    return all(size == 1 for size in window) and not any(padding)
+
+
+def normalises_input(
+    operator: str, activation: str | None, channels: int, filters: int, window: Sequence[int], numbers: Numbers
+) -> bool:
+    """Whether the input is normalised: it has fewer numbers than the output, over which nothing else passes."""
+    stride, padding, _, groups = numbers
+    is_dense = is_pointwise(window, padding) and groups == 1 and all(step == 1 for step in stride)
+    return operator == "cosine" and activation is None and is_dense and channels < filters
+
+
+def normalised_input(
+    x: Tensor, window: tuple[int, ...], numbers: Numbers, eps: float, power: float, shared: SharedNorms | None
+) -> Tensor:
+    """``x power / |x|`` at each pixel."""
+    if shared is None:
+        return cpu_kernels.normalised(x, eps, power)
+    inverse = norms_by_kernel(x, window, numbers, eps, power, shared)
+    return shared.get(x, ("normalised", eps, power), lambda: cpu_kernels.normalised(x, eps, power, inverse))
 
 
 def can_share(x: Tensor) -> bool:
@@ -148,6 +179,10 @@ def folded_conv(
         pads, padding = [(0, 0)] * dims, 0
     numbers = (tuple(stride), tuple(before for before, _ in pads), tuple(dilation), groups)
     by_kernels = all(before == after for before, after in pads) and served(x, groups)
+    if by_kernels and normalises_input(operator, activation, weight.shape[1], weight.shape[0], window, numbers):
+        unit = normalised_input(x, tuple(window), numbers, eps, power, shared)
+        out = CONVOLUTIONS[dims](unit, weight, bias, stride, padding, dilation, groups)
+        return out[0] if is_unbatched else out
     if by_kernels:
         inverse = norms_by_kernel(x, tuple(window), numbers, eps, power, shared)
     else:
@@ -177,7 +212,7 @@ def folded_linear(
     if by_kernels and operator == "cosine" and x.shape[-1] < 2 * weight.shape[0]:
         # fewer numbers in the input than passes over the output would touch, and the product adds the bias itself
         def unit() -> Tensor:
-            return cpu_kernels.normalised_rows(given, eps, power).view(x.shape)
+            return cpu_kernels.normalised(given, eps, power).view(x.shape)
 
         out = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
         return out if activation is None else out.clamp_(*BOUNDS[activation])

@@ -13,13 +13,21 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.cosine import CONVOLUTIONS
 from spherify.functional.curves import curve_of, prepare
-from spherify.functional.folded import BOUNDS, SharedNorms, served
+from spherify.functional.folded import (
+    BOUNDS,
+    Numbers,
+    SharedNorms,
+    normalised_input,
+    normalises_input,
+    norms_by_kernel,
+    served,
+)
 from spherify.functional.fused import takes
 
 ByFilter = float | Tensor | None
 Constants = tuple[Tensor | None, Tensor | None, ByFilter]  # bias, scale, steepness
 Run = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]  # None: the long way must be gone
-Place = tuple[Any, ...]  # the arguments of ``cpu_kernels.patch_inverse_norm`` behind the input
+NO_NUMBERS: Numbers = ((), (), (), 1)  # of a linear layer
 MOST_WAYS = 16  # of a layer; images of many sizes must not fill the memory
 
 
@@ -98,18 +106,19 @@ def is_ready(value: ByFilter) -> bool:
     return value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous() and value.numel() > 1
 
 
-def ready_response(
+def ready_layer(
     x: Tensor,
     product: Tensor,
-    place: Place,
+    window: tuple[int, ...],
+    numbers: Numbers,
     operator: str,
+    eps: float,
+    power: float,
     constants: Constants,
     activation: str | None,
-    shared: SharedNorms | None,
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Norms and ``finish`` in one call, of inputs and products that lie as these do; in the product's place."""
-    *numbers, eps, power = place
-    first = cpu_kernels.patch_inverse_norm(x, *place)
+) -> cpu_binding.Layer | None:
+    """What the kernels are told of inputs (N, C, ...) and products (N, O, ...) that lie as these do."""
+    first = cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
     fit = cpu_binding.takes(product, first.shape[1]) and cpu_binding.fits(product, first)
     filters = product.shape[1]
     if not fit or any(isinstance(value, Tensor) and value.numel() != filters for value in constants):
@@ -117,36 +126,56 @@ def ready_response(
     bias, scale, steep = constants
     guard = torch.inf if operator == "cosine" else cpu_kernels.guard_of(operator)
     low, high = BOUNDS[activation]
+    values = dict(gain=scale, bias=bias, steep=steep)
     response, alive = cpu_kernels.elementwise(
-        product,
-        first,
-        operator,
-        dict(gain=scale, bias=bias, steep=steep),
-        guard=guard,
-        low=low,
-        high=high,
-        curve=curve_of(operator, steep),
+        product, first, operator, values, guard=guard, low=low, high=high, curve=curve_of(operator, steep)
     )
-    layer = cpu_binding.Layer(cpu_kernels.described_window(x, *numbers)[0], response, eps, power)
+    layer = cpu_binding.Layer(cpu_kernels.described_window(x, window, *numbers)[0], response, eps, power)
+    # what was made here lives as long; the layer's own constants are known by their places
+    layer.kept = [value for value in alive[1:] if not any(value is given for given in constants)]
+    return layer
+
+
+def ready_run(
+    layer: cpu_binding.Layer,
+    strides: tuple[int, ...],
+    multiply: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    norms_of: Callable[[Tensor], Tensor] | None,
+) -> Run:
+    """Norms, product, response. ``norms_of``: of an input whose norms are shared; else they are the kernels' own."""
     kernels = cpu_binding.library()
     assert kernels is not None
-    respond, by_reference, is_linear = kernels.respond_to_patches, ctypes.byref(layer), not numbers[0]
+    hold, respond, respond_at_once = kernels.hold_norms, kernels.respond_to_norms, kernels.respond_to_patches
+    place = ctypes.byref(layer)
 
-    def norms_of(x: Tensor) -> Tensor:
-        return cpu_kernels.patch_inverse_norm(x.view(-1, x.shape[-1]) if is_linear else x, *place)
-
-    def respond_(x: Tensor, product: Tensor) -> Tensor:
-        if shared is None:
-            failed = respond(x.data_ptr(), None, product.data_ptr(), by_reference)
-        else:
-            inverse = shared.get(x, place, lambda: norms_of(x))
-            failed = respond(None, inverse.data_ptr(), product.data_ptr(), by_reference)
-        cpu_kernels.checked(failed)
+    def sharing(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        assert norms_of is not None
+        inverse = norms_of(x)
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        respond(inverse.data_ptr(), product.data_ptr(), place)
         return product
 
-    # what was made here lives with it; the layer's own constants are known by their places
-    respond_.kept = [value for value in alive[1:] if not any(value is given for given in constants)]  # type: ignore[attr-defined]
-    return respond_
+    def holding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        cpu_kernels.checked(hold(x.data_ptr(), place))
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        respond(None, product.data_ptr(), place)
+        return product
+
+    def at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        cpu_kernels.checked(respond_at_once(x.data_ptr(), product.data_ptr(), place))
+        return product
+
+    if norms_of is not None:
+        return sharing
+    return holding if kernels.can_hold(place) else at_once
 
 
 def ready_conv(
@@ -154,7 +183,7 @@ def ready_conv(
     out: Tensor,
     *,
     window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    numbers: Numbers,
     constants: Constants,
     operator: str,
     eps: float,
@@ -163,16 +192,40 @@ def ready_conv(
     activation: str | None,
 ) -> Run | None:
     """``folded_conv`` of inputs like ``x`` that it answered with tensors like ``out``."""
-    respond_ = ready_response(x, out, (window, *numbers, eps, power), operator, constants, activation, shared)
-    convolve, strides = CONVOLUTIONS[len(window)], out.stride()
-    if respond_ is None:
+    convolve = CONVOLUTIONS[len(window)]
+    if normalises_input(operator, activation, x.shape[1], out.shape[1], window, numbers):
+        normalised = ready_unit(x, eps, power)
+
+        def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if shared is None:
+                return convolve(normalised(x), weight, bias, *numbers)
+            return convolve(normalised_input(x, window, numbers, eps, power, shared), weight, bias, *numbers)
+
+        return multiply
+    layer = ready_layer(x, out, window, numbers, operator, eps, power, constants, activation)
+    if layer is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        product = convolve(x, weight, None, *numbers)
-        return respond_(x, product) if product.stride() == strides else None
+    def shared_norms(x: Tensor) -> Tensor:
+        return norms_by_kernel(x, window, numbers, eps, power, shared)
 
-    return run
+    return ready_run(layer, out.stride(), convolve, numbers, None if shared is None else shared_norms)
+
+
+def ready_unit(x: Tensor, eps: float, power: float) -> Callable[[Tensor], Tensor]:
+    """``cpu_kernels.normalised`` of inputs that lie as ``x`` does, (N, C, ...) with norms of single pixels."""
+    ones = (1,) * (x.dim() - 2)
+    described, _ = cpu_kernels.described_window(x, ones, ones, (0,) * len(ones), ones, 1)
+    kernels = cpu_binding.library()
+    assert kernels is not None
+    normalise, place = kernels.normalise, ctypes.byref(described)
+
+    def unit(x: Tensor) -> Tensor:
+        made = torch.empty_like(x)
+        normalise(x.data_ptr(), None, made.data_ptr(), place, eps, power)
+        return made
+
+    return unit
 
 
 def ready_linear(
@@ -189,32 +242,27 @@ def ready_linear(
     """``folded_linear`` of inputs like ``x`` that it answered with tensors like ``out``."""
     if not x.is_contiguous():
         return None
-    size, filters, strides = x.shape[-1], out.shape[-1], out.stride()
-    rows, threads = x.numel() // size, cpu_binding.threads_for(x.numel())
-    kernels = cpu_binding.library()
-    assert kernels is not None
+    size, filters = x.shape[-1], out.shape[-1]
+    rows = x.view(-1, size)
     if operator == "cosine" and size < 2 * filters:
-        normalise = kernels.normalised_rows
-
-        def unit(x: Tensor) -> Tensor:
-            made = torch.empty_like(x)
-            normalise(x.data_ptr(), made.data_ptr(), rows, size, eps, power, threads)
-            return made
+        normalised = ready_unit(rows, eps, power)
 
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = unit(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: unit(x))
-            product = F.linear(found, weight, bias)
+            unit = normalised(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: normalised(x))
+            product = F.linear(unit, weight, bias)
             return product if activation is None else product.clamp_(*BOUNDS[activation])
 
         return multiply
-    place = ((), (), (), (), 1, eps, power)
-    rows_of = x.view(rows, size), out.view(rows, filters)
-    respond_ = ready_response(*rows_of, place, operator, constants, activation, shared)
-    if respond_ is None:
+    products = out.view(-1, filters)
+    layer = ready_layer(rows, products, (), NO_NUMBERS, operator, eps, power, constants, activation)
+    if layer is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        product = F.linear(x, weight)
-        return respond_(x, product) if product.stride() == strides else None
+    def shared_norms(x: Tensor) -> Tensor:
+        def compute() -> Tensor:
+            return cpu_kernels.patch_inverse_norm(x.view(-1, size), (), *NO_NUMBERS, eps, power)
 
-    return run
+        assert shared is not None
+        return shared.get(x, (eps, power), compute)
+
+    return ready_run(layer, out.stride(), F.linear, (), None if shared is None else shared_norms)
