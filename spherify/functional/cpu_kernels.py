@@ -60,9 +60,12 @@ def described_window(
     return window_of(x.shape, tuple(window), tuple(stride), tuple(padding), tuple(dilation), groups, rows, threads)
 
 
+NO_MEMORY = "spherify's CPU kernels: out of memory."
+
+
 def checked(status: int) -> None:
     if status:
-        raise MemoryError("spherify's CPU kernels: out of memory.")
+        raise MemoryError(NO_MEMORY)
 
 
 def patch_inverse_norm(

@@ -46,18 +46,18 @@ class QuickCalls:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, steepness: ByFilter
     ) -> Run | None:
         """What serves such an input, if it is known, with constants lying where they lie."""
-        if not takes(x) or torch.is_autocast_enabled("cpu"):
+        if not takes(x) or torch._C._is_any_autocast_enabled():
             return None
         if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
             return None
         return self.ways.get(key_of(x, weight, bias, scale, steepness))
 
     def remember(
-        self, x: Tensor, weight: Tensor, *constants: ByFilter, groups: int, make: Callable[[], Run | None]
+        self, x: Tensor, weight: Tensor, constants: Constants, *, groups: int, make: Callable[[], Run | None]
     ) -> None:
         """Keep what ``make`` makes for such an input when it comes the second time in a row."""
         rows = x if x.dim() == weight.dim() else x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled("cpu") or not served(rows, groups) or not all(map(is_ready, constants)):
+        if torch._C._is_any_autocast_enabled() or not served(rows, groups) or not all(map(is_ready, constants)):
             return
         key = key_of(x, weight, *constants)
         if self.met != key:
@@ -80,7 +80,7 @@ class QuickCalls:
 
 
 def key_of(
-    x: Tensor, weight: Tensor, bias: ByFilter = None, scale: ByFilter = None, steepness: ByFilter = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, steepness: ByFilter
 ) -> tuple[Any, ...]:
     return (
         x.shape,
@@ -89,14 +89,10 @@ def key_of(
         weight.shape,
         weight.dtype,
         torch.get_num_threads(),
-        place_of(bias),
-        place_of(scale),
-        place_of(steepness),
+        None if bias is None else bias.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        steepness.data_ptr() if isinstance(steepness, Tensor) else steepness,
     )
-
-
-def place_of(value: ByFilter) -> ByFilter:
-    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def is_ready(value: ByFilter) -> bool:
@@ -159,7 +155,8 @@ def ready_run(
         return product
 
     def holding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        cpu_kernels.checked(hold(x.data_ptr(), place))
+        if hold(x.data_ptr(), place):
+            raise MemoryError(cpu_kernels.NO_MEMORY)
         product = multiply(x, weight, None, *arguments)
         if product.stride() != strides:
             return None

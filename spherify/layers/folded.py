@@ -49,9 +49,19 @@ class Folded(AngularLayer):
 
     @property
     def steepness(self) -> Tensor | float | None:
-        if self.k_logit is None:
-            return None if self.fixed_k is None else 0.5 / self.fixed_k
+        if self.fixed_k is not None:
+            return 0.5 / self.fixed_k
+        if self.operator != "learnable":
+            return None
+        assert self.k_logit is not None
         return self.quick.steepness(self.k_logit, lambda logit: 0.5 / k_from_logit(logit))
+
+    def weight_and_constants(self) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | float | None]]:
+        """Weight; bias, gain, steepness. ``__getattr__`` is passed by: cold, its calls are a tenth of a small layer."""
+        held = self._parameters
+        weight = held["weight"]
+        assert weight is not None
+        return weight, (held["bias"], held.get("gain"), None if self.operator == "cosine" else self.steepness)
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -68,7 +78,7 @@ class FoldedConv(Folded, SphereConv):
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self.padded(x)
-        weight, constants = self.weight, (self.bias, self.gain, self.steepness)
+        weight, constants = self.weight_and_constants()
         way = self.quick.way_for(x, weight, *constants)
         if way is not None and (out := way(x, weight, constants[0])) is not None:
             return out
@@ -80,7 +90,7 @@ class FoldedConv(Folded, SphereConv):
             self.quick.remember(
                 x,
                 weight,
-                *constants,
+                constants,
                 groups=self.groups,
                 make=lambda: ready_conv(x, out, window=window, numbers=numbers, constants=constants, **options),
             )
@@ -142,17 +152,18 @@ class FoldedLinear(Folded, SphereLinear):
     """``SphereLinear`` for inference."""
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        constants = (self.bias if bias is None else bias, self.gain, self.steepness)
-        way = self.quick.way_for(x, self.weight, *constants)
-        if way is not None and (out := way(x, self.weight, constants[0])) is not None:
+        weight, constants = self.weight_and_constants()
+        constants = constants if bias is None else (bias, *constants[1:])
+        way = self.quick.way_for(x, weight, *constants)
+        if way is not None and (out := way(x, weight, constants[0])) is not None:
             return out
         # detached: an owner that calls the layer for F.linear by its very weight must not do so here
-        weight = self.weight.detach()
+        weight = weight.detach()
         options: dict[str, Any] = dict(operator=self.operator, eps=self.eps, power=self.power)
         options |= dict(shared=self.shared, activation=self.activation)
         out = folded_linear(x, weight, *constants[:2], steepness=constants[2], **options)
         self.quick.remember(
-            x, weight, *constants, groups=1, make=lambda: ready_linear(x, out, constants=constants, **options)
+            x, weight, constants, groups=1, make=lambda: ready_linear(x, out, constants=constants, **options)
         )
         return out
 
