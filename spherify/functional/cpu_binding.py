@@ -46,7 +46,7 @@ class Elementwise(ctypes.Structure):
         *((name, c_void_p) for name in ("near", "far")),
         *((name, c_long) for name in ("curves", "images", "filters", "positions", "groups")),
         *((name, c_float) for name in ("guard", "step", "low", "high")),
-        *((name, c_int) for name in ("operator", "channels_last", "threads")),
+        *((name, c_int) for name in ("operator", "channels_last", "is_gelu", "threads")),
     )
 
 
@@ -84,6 +84,8 @@ def library() -> ctypes.CDLL | None:
     found.normalise.restype = None
     found.forward.argtypes = (pointer, pointer, pointer)
     found.forward.restype = None
+    found.gelu.argtypes = (pointer, c_long, c_int)
+    found.gelu.restype = None
     found.can_hold.argtypes = (pointer,)
     found.hold_norms.argtypes = (pointer, pointer)
     found.respond_to_norms.argtypes = (pointer, pointer, pointer)

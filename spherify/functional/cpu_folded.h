@@ -27,6 +27,11 @@ void respond_to_norms(const float *inverse, float *product, const Layer *layer) 
     forward(product, NULL, &response);
 }
 
+void gelu(float *x, long count, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long first = 0; first < count; first += TILE) gelu_run(x + first, count - first < TILE ? count - first : TILE);
+}
+
 /* Both in one, where there are too many to hold. */
 int respond_to_patches(const float *x, float *product, const Layer *layer) {
     const Window *w = &layer->window;

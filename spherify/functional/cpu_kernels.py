@@ -100,6 +100,14 @@ def normalised(x: Tensor, eps: float, scale: float, inverse: Tensor | None = Non
     return out
 
 
+def gelu_(x: Tensor) -> Tensor:
+    """GELU by the error function, in place, of a dense tensor."""
+    kernels = library()
+    assert kernels is not None
+    kernels.gelu(x.data_ptr(), x.numel(), threads_for(x.numel()))
+    return x
+
+
 def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
     """(O,): 1 / |w| of each filter of a contiguous weight."""
     kernels = library()
@@ -183,12 +191,14 @@ def elementwise(
     low: float = -math.inf,
     high: float = math.inf,
     curve: Curve | None = None,
+    is_gelu: bool = False,
 ) -> tuple[Elementwise, list[Tensor | None]]:
     """The description for the kernels, and the tensors it points into, which must outlive the call.
 
     Args:
         values: by names of ``BY_FILTER``: a number, or a tensor of one or O numbers.
         curve: stands for operator and steepness, without lengths; forward alone.
+        is_gelu: GELU of what comes out, too; forward alone.
     """
     filters = product.shape[1]
     rows = lies_in_rows(product, inverse.shape[1])
@@ -210,6 +220,7 @@ def elementwise(
         high,
         CODES[operator if curve is None else "curve"],
         rows,
+        is_gelu,
         threads_for(product.numel()),
     )
     return described, alive
@@ -239,6 +250,7 @@ def normalise_and_respond_(
     low: float = -math.inf,
     high: float = math.inf,
     curve: Curve | None = None,
+    is_gelu: bool = False,
 ) -> Tensor | None:
     """The response to ``product inverse length``, times gain, plus bias, within [low, high], in place.
 
@@ -248,13 +260,15 @@ def normalise_and_respond_(
         values: see ``elementwise``: length, gain, bias, steep, rise.
         keeps: give back the response before gain and bias besides; not for the cosine.
         guard: the largest cosine.
-        curve: see ``elementwise``; nothing is kept.
+        curve, is_gelu: see ``elementwise``; nothing is kept.
     """
     kernels = library()
     assert kernels is not None
     values = {"length": 1.0, **values} if keeps else values
     guard = guard_of(operator) if guard is None else guard
-    described, alive = elementwise(product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve)
+    described, alive = elementwise(
+        product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve, is_gelu=is_gelu
+    )
     kept = torch.empty_like(product) if keeps else None
     kernels.forward(product.data_ptr(), None if kept is None else kept.data_ptr(), ctypes.byref(described))
     del alive

@@ -18,8 +18,8 @@ from spherify.functional.curves import curve_of
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "relu6": F.relu6}
-BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "relu6": F.relu6, "gelu": F.gelu}
+BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0), "gelu": (-math.inf, math.inf)}
 
 
 class SharedNorms:
@@ -162,7 +162,7 @@ def folded_conv(
     Args:
         x: (N, C, H, W).
         steepness: 1 / 2k of sigmoid and learnable: a number, or (O,) numbers.
-        activation: what follows: relu, relu6, or None.
+        activation: what follows: relu, relu6, gelu, or None.
         The others are as in ``sphere_conv2d``.
 
     Returns:
@@ -215,7 +215,7 @@ def folded_linear(
             return cpu_kernels.normalised(given, eps, power).view(x.shape)
 
         out = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
-        return out if activation is None else out.clamp_(*BOUNDS[activation])
+        return out if activation is None else activated_(out, activation)
 
     def inverse() -> Tensor:
         if by_kernels:
@@ -252,7 +252,15 @@ def finish(
         values = dict(gain=scale, bias=bias, steep=steepness)
         curve = curve_of(operator, steepness)
         cpu_kernels.normalise_and_respond_(
-            product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve
+            product,
+            inverse,
+            operator,
+            values,
+            guard=guard,
+            low=low,
+            high=high,
+            curve=curve,
+            is_gelu=activation == "gelu",
         )
         return product
     dims = product.dim() - 2
@@ -275,8 +283,17 @@ def finish(
         if bias is not None:
             part.add_(bias)
         if activation is not None:
-            part.clamp_(*BOUNDS[activation])
+            activated_(part, activation)
     return product
+
+
+def activated_(out: Tensor, activation: str) -> Tensor:
+    """In place where nobody looks."""
+    if activation != "gelu":
+        return out.clamp_(*BOUNDS[activation])
+    if out.requires_grad:
+        return F.gelu(out)
+    return cpu_kernels.gelu_(out) if cpu_binding.takes(out, 1) else out.copy_(F.gelu(out))
 
 
 def by_filter(value: Tensor | None, dtype: torch.dtype, dims: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from spherify.functional.folded import (
     BOUNDS,
     Numbers,
     SharedNorms,
+    activated_,
     normalised_input,
     normalises_input,
     norms_by_kernel,
@@ -124,7 +125,15 @@ def ready_layer(
     low, high = BOUNDS[activation]
     values = dict(gain=scale, bias=bias, steep=steep)
     response, alive = cpu_kernels.elementwise(
-        product, first, operator, values, guard=guard, low=low, high=high, curve=curve_of(operator, steep)
+        product,
+        first,
+        operator,
+        values,
+        guard=guard,
+        low=low,
+        high=high,
+        curve=curve_of(operator, steep),
+        is_gelu=activation == "gelu",
     )
     layer = cpu_binding.Layer(cpu_kernels.described_window(x, window, *numbers)[0], response, eps, power)
     # what was made here lives as long; the layer's own constants are known by their places
@@ -247,7 +256,7 @@ def ready_linear(
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             unit = normalised(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: normalised(x))
             product = F.linear(unit, weight, bias)
-            return product if activation is None else product.clamp_(*BOUNDS[activation])
+            return product if activation is None else activated_(product, activation)
 
         return multiply
     products = out.view(-1, filters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -32,7 +33,7 @@ class Folded(AngularLayer):
     Attributes:
         power: what the filters were divided by besides their length.
         shared: where the norms of an input are kept that other layers read too, or None.
-        activation: relu or relu6 where the layer took it in, or None.
+        activation: relu, relu6 or gelu where the layer took it in, or None.
         quick: how the last input was computed, for the next of its shape.
     """
 
@@ -200,12 +201,19 @@ FOLDED: dict[type[nn.Module], type[Folded]] = {
 }
 
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.GELU: "gelu",
+    timm.layers.activations.GELU: "gelu",
+}
 
 
 def takes_in(layer: nn.Module, behind: nn.Module) -> bool:
     """Whether the folded form of a layer can compute the activation, too."""
-    return issubclass(FOLDED.get(type(layer), nn.Module), (FoldedConv, FoldedLinear)) and type(behind) in ACTIVATIONS
+    is_exact = getattr(behind, "approximate", "none") == "none"  # GELU by tanh stays
+    can = issubclass(FOLDED.get(type(layer), nn.Module), (FoldedConv, FoldedLinear))
+    return can and is_exact and type(behind) in ACTIVATIONS
 
 
 class FoldedAway(Removed):
