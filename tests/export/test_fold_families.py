@@ -56,9 +56,9 @@ def test_the_smallest_model_of_a_family_answers_as_before(name, operator):
     """The measure is the unfolded model in float64, relative to its largest output.
 
     In float32 the folded model is within 1e-5 of it or, where the unfolded model in float32 is not, within four times
-    that one's distance, the largest of four for inputs that differ in their last bits. Some models (GhostNet: 0.01) make
-    much of the last bit: a patch of nearly nothing has a steep cosine. So in float64 the bound is 1e-6 or a hundred times
-    what an input changed in its last bits changes.
+    that one's distance, the largest of four for inputs that differ in their last bits. Some models (GhostNet: 0.01)
+    make much of the last bit: a patch of nearly nothing has a steep cosine. So in float64 the bound is 1e-6 or a
+    hundred times what an input changed in its last bits changes.
     """
     torch.manual_seed(0)
     plain = build(resolve(name))
