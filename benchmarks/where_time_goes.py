@@ -30,7 +30,8 @@ from spherify.functional.quick import QuickCalls
 FEWEST_BYTES: dict[str, Callable[..., int]] = {
     # reads and writes of float32 numbers that cannot be avoided, once each
     "patch_inverse_norm": lambda found, x, *_: 4 * (x.numel() + found.numel()),
-    "normalised_rows": lambda found, x, *_: 4 * 2 * x.numel(),
+    "normalised": lambda found, x, *_: 4 * 2 * x.numel(),
+    "gelu_": lambda found, x: 4 * 2 * x.numel(),
     "inverse_lengths": lambda found, weight, *_: 4 * weight.numel(),
     "normalise_and_respond_": lambda found, product, *_, keeps=False, **__: 4 * product.numel() * (3 if keeps else 2),
     "respond_backward": lambda found, gradient, saved, *_: 4 * gradient.numel() * (2 if saved is None else 3),

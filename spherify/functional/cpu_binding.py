@@ -46,8 +46,14 @@ class Elementwise(ctypes.Structure):
         *((name, c_void_p) for name in ("near", "far")),
         *((name, c_long) for name in ("curves", "images", "filters", "positions", "groups")),
         *((name, c_float) for name in ("guard", "step", "low", "high")),
-        *((name, c_int) for name in ("operator", "channels_last", "threads")),
+        *((name, c_int) for name in ("operator", "channels_last", "is_gelu", "threads")),
     )
+
+
+class Layer(ctypes.Structure):
+    """As in cpu_folded.h."""
+
+    _fields_ = (("window", Window), ("response", Elementwise), ("eps", c_float), ("scale", c_float))
 
 
 class Backward(ctypes.Structure):
@@ -64,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves"))
+        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves", "folded"))
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
         WHY_NOT.append(str(error))
@@ -74,10 +80,17 @@ def library() -> ctypes.CDLL | None:
     found.subtract_along.argtypes = (pointer, pointer, pointer, pointer, pointer)
     found.inverse_lengths.argtypes = (pointer, pointer, c_long, c_long, c_float, c_float, c_int)
     found.inverse_lengths.restype = None
-    found.normalised_rows.argtypes = (pointer, pointer, c_long, c_long, c_float, c_float, c_int)
-    found.normalised_rows.restype = None
+    found.normalise.argtypes = (pointer, pointer, pointer, pointer, c_float, c_float)
+    found.normalise.restype = None
     found.forward.argtypes = (pointer, pointer, pointer)
     found.forward.restype = None
+    found.gelu.argtypes = (pointer, c_long, c_int)
+    found.gelu.restype = None
+    found.can_hold.argtypes = (pointer,)
+    found.hold_norms.argtypes = (pointer, pointer)
+    found.respond_to_norms.argtypes = (pointer, pointer, pointer)
+    found.respond_to_norms.restype = None
+    found.respond_to_patches.argtypes = (pointer, pointer, pointer)
     found.backward.argtypes = (pointer, pointer)
     found.subtract_along_filters.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
     found.subtract_along_filters.restype = None

@@ -18,11 +18,17 @@ typedef struct {
     const float *near, *far; /* terms of curves (terms, `curves`), one or one for each filter; forward of folded layers */
     long curves, images, filters, positions, groups;
     float guard, step, low, high;
-    int operator, channels_last, threads;
+    int operator, channels_last, is_gelu, threads; /* `is_gelu`: of what comes out, besides */
 } Elementwise;
 
 INLINE float finish(float response, float gain, float bias, float low, float high) {
     return least(high, most(low, response * gain + bias));
+}
+
+/* In place; a run's numbers are still in the cache. */
+INLINE void gelu_run(float *x, long count) {
+#pragma omp simd
+    for (long s = 0; s < count; s++) x[s] = 0.5f * x[s] * (1.0f + erf_of(x[s] * 0.70710678118654752f));
 }
 
 #include "cpu_curves.h"
@@ -146,6 +152,7 @@ static void forward_planes(float *product, float *kept, const Elementwise *e) {
             else if (e->operator == LINEAR) forward_run(out, also, inverse, count, e, o, LINEAR, 1);
             else if (also == NULL) forward_run(out, also, inverse, count, e, o, SIGMOID, 0);
             else forward_run(out, also, inverse, count, e, o, SIGMOID, 1);
+            if (e->is_gelu) gelu_run(out, count);
         }
     }
 }
@@ -201,6 +208,7 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
             else if (kept == NULL) forward_row(out, also, own, &part, SIGMOID, 0, 1, 1);
             else forward_row(out, also, own, &part, SIGMOID, 1, 1, 1);
+            if (e->is_gelu) gelu_run(out, part.filters);
         }
     }
     for (int i = 0; i < 5; i++) free(values[i].numbers);
@@ -217,6 +225,7 @@ static void curve_rows(float *product, const Elementwise *e) {
         else if (e->groups > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 0);
         else if (e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 1);
         else curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 0);
+        if (e->is_gelu) gelu_run(out, e->filters);
     }
 }
 
@@ -228,6 +237,7 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
         if (e->operator == COSINE) forward_row_of(out, also, inverse, e, COSINE);
         else if (e->operator == LINEAR) forward_row_of(out, also, inverse, e, LINEAR);
         else forward_row_of(out, also, inverse, e, SIGMOID);
+        if (e->is_gelu) gelu_run(out, e->filters);
     }
 }
 
@@ -242,6 +252,8 @@ void forward(float *product, float *kept, const Elementwise *e) {
     else if (e->channels_last) forward_rows(product, kept, e);
     else if (!is_small || !forward_small_planes(product, kept, &same)) forward_planes(product, kept, e);
 }
+
+#include "cpu_folded.h"
 
 /* ---- backward ---- */
 

@@ -60,9 +60,12 @@ def described_window(
     return window_of(x.shape, tuple(window), tuple(stride), tuple(padding), tuple(dilation), groups, rows, threads)
 
 
+NO_MEMORY = "spherify's CPU kernels: out of memory."
+
+
 def checked(status: int) -> None:
     if status:
-        raise MemoryError("spherify's CPU kernels: out of memory.")
+        raise MemoryError(NO_MEMORY)
 
 
 def patch_inverse_norm(
@@ -78,12 +81,6 @@ def patch_inverse_norm(
     """scale / |patch|: (N, C, H, W) to (N, G, P, Q); one dimension and none (linear layers) likewise."""
     kernels = library()
     assert kernels is not None
-    if lies_in_rows(x, groups) and math.prod(window) == 1 and not any(padding) and all(step == 1 for step in stride):
-        out = x.new_empty((x.shape[0], 1, *x.shape[2:]))
-        kernels.inverse_lengths(
-            x.data_ptr(), out.data_ptr(), out.numel(), x.shape[1], eps, scale, threads_for(x.numel())
-        )
-        return out
     described, sizes = described_window(x, window, stride, padding, dilation, groups)
     is_depthwise_in_rows = groups > 1 and described.channels_last
     layout = torch.channels_last if is_depthwise_in_rows else torch.contiguous_format
@@ -92,13 +89,23 @@ def patch_inverse_norm(
     return out
 
 
-def normalised_rows(x: Tensor, eps: float, scale: float) -> Tensor:
-    """``x scale / |x|`` row by row, of a contiguous (R, D)."""
+def normalised(x: Tensor, eps: float, scale: float, inverse: Tensor | None = None) -> Tensor:
+    """``x scale / |x|`` at each position of a (N, C, ...), or ``x inverse``, (N, 1, ...)."""
     kernels = library()
     assert kernels is not None
-    out = torch.empty_like(x)
-    kernels.normalised_rows(x.data_ptr(), out.data_ptr(), *x.shape, eps, scale, threads_for(x.numel()))
+    ones = (1,) * (x.dim() - 2)
+    described, _ = described_window(x, ones, ones, (0,) * len(ones), ones, 1)
+    out, norms = torch.empty_like(x), None if inverse is None else inverse.data_ptr()
+    kernels.normalise(x.data_ptr(), norms, out.data_ptr(), ctypes.byref(described), eps, scale)
     return out
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU by the error function, in place, of a dense tensor."""
+    kernels = library()
+    assert kernels is not None
+    kernels.gelu(x.data_ptr(), x.numel(), threads_for(x.numel()))
+    return x
 
 
 def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
@@ -184,12 +191,14 @@ def elementwise(
     low: float = -math.inf,
     high: float = math.inf,
     curve: Curve | None = None,
+    is_gelu: bool = False,
 ) -> tuple[Elementwise, list[Tensor | None]]:
     """The description for the kernels, and the tensors it points into, which must outlive the call.
 
     Args:
         values: by names of ``BY_FILTER``: a number, or a tensor of one or O numbers.
         curve: stands for operator and steepness, without lengths; forward alone.
+        is_gelu: GELU of what comes out, too; forward alone.
     """
     filters = product.shape[1]
     rows = lies_in_rows(product, inverse.shape[1])
@@ -211,6 +220,7 @@ def elementwise(
         high,
         CODES[operator if curve is None else "curve"],
         rows,
+        is_gelu,
         threads_for(product.numel()),
     )
     return described, alive
@@ -240,6 +250,7 @@ def normalise_and_respond_(
     low: float = -math.inf,
     high: float = math.inf,
     curve: Curve | None = None,
+    is_gelu: bool = False,
 ) -> Tensor | None:
     """The response to ``product inverse length``, times gain, plus bias, within [low, high], in place.
 
@@ -249,13 +260,15 @@ def normalise_and_respond_(
         values: see ``elementwise``: length, gain, bias, steep, rise.
         keeps: give back the response before gain and bias besides; not for the cosine.
         guard: the largest cosine.
-        curve: see ``elementwise``; nothing is kept.
+        curve, is_gelu: see ``elementwise``; nothing is kept.
     """
     kernels = library()
     assert kernels is not None
     values = {"length": 1.0, **values} if keeps else values
     guard = guard_of(operator) if guard is None else guard
-    described, alive = elementwise(product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve)
+    described, alive = elementwise(
+        product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve, is_gelu=is_gelu
+    )
     kept = torch.empty_like(product) if keeps else None
     kernels.forward(product.data_ptr(), None if kept is None else kept.data_ptr(), ctypes.byref(described))
     del alive

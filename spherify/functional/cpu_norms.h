@@ -6,17 +6,27 @@ typedef struct {
     int channels_last, threads;
 } Window;
 
-/* out[s] = scale / sqrt(energy[s] + eps). A square root and a division take the time of a dozen other operations. */
+#ifdef __AVX512F__
+/* Of the last `count` numbers of a row those that are there: all, or fewer than a vector holds. */
+INLINE __mmask16 first_of(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
+
+/* scale / sqrt(e), 0 for an infinite e. A square root and a division take the time of a dozen other operations. */
+INLINE __m512 inverse_root(__m512 e, float scale) {
+    const __m512 half = _mm512_set1_ps(-0.5f), more = _mm512_set1_ps(1.5f);
+    __mmask16 is_finite = _mm512_cmp_ps_mask(e, _mm512_set1_ps(FLT_MAX), _CMP_NGT_UQ); /* or NaN */
+    __m512 y = _mm512_rsqrt14_ps(e);
+    y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
+    return _mm512_maskz_mul_ps(is_finite, y, _mm512_set1_ps(scale));
+}
+#endif
+
+/* out[s] = scale / sqrt(energy[s] + eps). */
 INLINE void inverse_roots(const float *energy, float *out, long count, float eps, float scale) {
 #ifdef __AVX512F__
-    const __m512 half = _mm512_set1_ps(-0.5f), more = _mm512_set1_ps(1.5f), scales = _mm512_set1_ps(scale);
     for (long s = 0; s < count; s += 16) {
-        __mmask16 taken = count - s < 16 ? (__mmask16)((1u << (count - s)) - 1) : (__mmask16)0xffff;
+        __mmask16 taken = first_of(count - s);
         __m512 e = _mm512_add_ps(_mm512_maskz_loadu_ps(taken, energy + s), _mm512_set1_ps(eps));
-        __mmask16 is_finite = _mm512_cmp_ps_mask(e, _mm512_set1_ps(FLT_MAX), _CMP_NGT_UQ); /* or NaN */
-        __m512 y = _mm512_rsqrt14_ps(e);
-        y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
-        _mm512_mask_storeu_ps(out + s, taken, _mm512_maskz_mul_ps(is_finite, y, scales));
+        _mm512_mask_storeu_ps(out + s, taken, inverse_root(e, scale));
     }
 #else
 #pragma omp simd
@@ -75,14 +85,37 @@ void inverse_lengths(const float *x, float *inverse, long rows, long channels, f
         inverse[row] = scale / sqrtf(squares_of_row(x + row * channels, channels) + eps);
 }
 
-/* out[row] = x[row] scale / sqrt(|x[row]|^2 + eps). */
-void normalised_rows(const float *x, float *out, long rows, long channels, float eps, float scale, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long row = 0; row < rows; row++) {
-        const float *from = x + row * channels;
-        float *to = out + row * channels, factor = scale / sqrtf(squares_of_row(from, channels) + eps);
+/* out = x scale / sqrt(|x|^2 + eps) at each position, or x times the numbers given; for windows of one pixel, one group. */
+void normalise(const float *x, const float *inverse, float *out, const Window *w, float eps, float scale) {
+    long pixels = w->height * w->width, channels = w->channels;
+    if (w->channels_last) {
+#pragma omp parallel for schedule(static) num_threads(w->threads) if (w->threads > 1)
+        for (long row = 0; row < w->images * pixels; row++) {
+            const float *from = x + row * channels;
+            float *to = out + row * channels;
+            float factor = inverse ? inverse[row] : scale / sqrtf(squares_of_row(from, channels) + eps);
 #pragma omp simd
-        for (long c = 0; c < channels; c++) to[c] = from[c] * factor;
+            for (long c = 0; c < channels; c++) to[c] = from[c] * factor;
+        }
+        return;
+    }
+    long tiles = (pixels + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(static) num_threads(w->threads) if (w->threads > 1)
+    for (long task = 0; task < w->images * tiles; task++) {
+        float factors[STRIP] = {0};
+        long n = task / tiles, first = task % tiles * STRIP, count = pixels - first < STRIP ? pixels - first : STRIP;
+        const float *from = x + n * channels * pixels + first;
+        float *to = out + n * channels * pixels + first;
+        if (inverse) memcpy(factors, inverse + n * pixels + first, count * sizeof(float));
+        else {
+            if (pixels < FEW) add_squares_of_few(from, channels, pixels, factors);
+            else add_squares(from, channels, pixels, count, factors);
+            inverse_roots(factors, factors, count, eps, scale);
+        }
+        for (long c = 0; c < channels; c++) {
+#pragma omp simd
+            for (long s = 0; s < count; s++) to[c * pixels + s] = from[c * pixels + s] * factors[s];
+        }
     }
 }
 
@@ -249,6 +282,68 @@ static int depthwise_subtract_along(float *by_x, const float *x, const float *al
     return failed;
 }
 
+#ifdef __AVX512F__
+/* Which of sixteen pixels have these neighbours. */
+typedef struct { __mmask16 above, below, left, right; } Neighbours;
+
+static Neighbours *neighbours_of(long vectors, long height, long width) {
+    Neighbours *all = calloc(vectors, sizeof(Neighbours));
+    for (long s = 0, h = 0, c = 0; all != NULL && s < vectors * 16; s++) {
+        Neighbours *some = all + s / 16;
+        __mmask16 bit = (__mmask16)(1u << s % 16);
+        some->above |= h > 0 ? bit : 0;
+        some->below |= h < height - 1 ? bit : 0;
+        some->left |= c > 0 ? bit : 0;
+        some->right |= c < width - 1 ? bit : 0;
+        if (++c == width) c = 0, h = h + 1 == height ? 0 : h + 1;
+    }
+    return all;
+}
+
+/* Sums of squares over a map's columns of three, then over rows of three of these; `columns` is aligned. */
+INLINE void three_by_three(const float *from, float *out, float *columns, const Neighbours *has, long count, long width,
+                           float eps, float scale) {
+    for (long s = 0; s < count; s += 16) {
+        const Neighbours *n = has + s / 16;
+        __mmask16 taken = first_of(count - s);
+        __m512 own = _mm512_maskz_loadu_ps(taken, from + s);
+        __m512 above = _mm512_maskz_loadu_ps(n->above & taken, from + s - width);
+        __m512 below = _mm512_maskz_loadu_ps(n->below & taken, from + s + width);
+        _mm512_store_ps(columns + s, _mm512_fmadd_ps(own, own, _mm512_fmadd_ps(above, above, _mm512_mul_ps(below, below))));
+    }
+    for (long s = 0; s < count; s += 16) {
+        const Neighbours *n = has + s / 16;
+        __mmask16 taken = first_of(count - s);
+        __m512 left = _mm512_maskz_loadu_ps(n->left & taken, columns + s - 1);
+        __m512 right = _mm512_maskz_loadu_ps(n->right & taken, columns + s + 1);
+        __m512 e = _mm512_add_ps(_mm512_load_ps(columns + s), _mm512_add_ps(left, right));
+        _mm512_mask_storeu_ps(out + s, taken, inverse_root(_mm512_add_ps(e, _mm512_set1_ps(eps)), scale));
+    }
+}
+
+/* Depthwise, 3x3, stride 1, padding 1, on planes: as many maps at once as make long loops, which run over rows and maps. */
+static int three_by_three_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    long pixels = w->height * w->width, maps = w->images * w->groups, together = pixels < TILE ? TILE / pixels : 1;
+    if (together > maps) together = maps;
+    long size = together * pixels, vectors = (size + 15) / 16, tasks = (maps + together - 1) / together;
+    Neighbours *has = neighbours_of(vectors, w->height, w->width);
+    int failed = has == NULL;
+#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
+    {
+        float *columns = aligned_alloc(64, vectors * 64);
+        failed |= columns == NULL;
+#pragma omp for schedule(static)
+        for (long task = 0; task < tasks; task++) {
+            if (failed) continue;
+            long count = maps - task * together < together ? (maps - task * together) * pixels : size;
+            three_by_three(x + task * size, inverse + task * size, columns, has, count, w->width, eps, scale);
+        }
+        free(columns);
+    }
+    free(has);
+    return failed;
+}
+#else
 /* Which neighbours a pixel has. */
 enum { ABOVE = 1, BELOW = 2, LEFT = 4, RIGHT = 8 };
 
@@ -297,6 +392,25 @@ static int three_by_three_inverse_norm(const float *x, float *inverse, const Win
     free(flags);
     return failed;
 }
+#endif
+
+/* to[c] = a[c]^2 + b[c]^2 + d[c]^2; `d` may be NULL. Rows are often shorter than a vector. */
+INLINE void add_three_squares(const float *a, const float *b, const float *d, float *restrict to, long width) {
+#ifdef __AVX512F__
+    for (long c = 0; c < width; c += 16) {
+        __mmask16 taken = first_of(width - c), third = d == NULL ? 0 : taken;
+        __m512 x = _mm512_maskz_loadu_ps(taken, a + c), y = _mm512_maskz_loadu_ps(taken, b + c);
+        __m512 z = _mm512_maskz_loadu_ps(third, d + c);
+        _mm512_mask_storeu_ps(to + c, taken, _mm512_fmadd_ps(x, x, _mm512_fmadd_ps(y, y, _mm512_mul_ps(z, z))));
+    }
+#else
+#pragma omp simd
+    for (long c = 0; c < width; c++) to[c] = a[c] * a[c] + b[c] * b[c];
+    if (d == NULL) return;
+#pragma omp simd
+    for (long c = 0; c < width; c++) to[c] += d[c] * d[c];
+#endif
+}
 
 /* Depthwise, 3x3, stride 2, padding 1, on planes of even height and width: an output row takes two rows of its own and
    the one above, an output column likewise, so that both loops run on from one map to the next. */
@@ -316,13 +430,8 @@ static int halving_inverse_norm(const float *x, float *inverse, const Window *w,
             const float *from = x + task * together * 4 * out_size;
             float *out = inverse + task * together * out_size;
             for (long row = 0; row < count * out_height; row++) {
-                const float *r = from + 2 * row * width, *above = row % out_height ? r - width : NULL;
-                float *to = columns + row * width;
-#pragma omp simd
-                for (long c = 0; c < width; c++) to[c] = r[c] * r[c] + r[c + width] * r[c + width];
-                if (above == NULL) continue;
-#pragma omp simd
-                for (long c = 0; c < width; c++) to[c] += above[c] * above[c];
+                const float *own = from + 2 * row * width, *above = row % out_height ? own - width : NULL;
+                add_three_squares(own, own + width, above, columns + row * width, width);
             }
 #pragma omp simd
             for (long s = 0; s < count * out_size; s++)
@@ -345,15 +454,19 @@ static int is_three_by_three(const Window *w, long stride) {
 
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
+    int is_pointwise = w->window[0] * w->window[1] == 1 && w->padding[0] + w->padding[1] == 0
+                       && w->stride[0] * w->stride[1] == 1;
     if (w->channels_last && w->groups > 1) return depthwise_inverse_norm(x, inverse, w, eps, scale);
+    if (w->channels_last && is_pointwise) {
+        inverse_lengths(x, inverse, w->images * w->height * w->width, w->channels, eps, scale, w->threads);
+        return 0;
+    }
     if (is_three_by_three(w, 1)) return three_by_three_inverse_norm(x, inverse, w, eps, scale);
     if (is_three_by_three(w, 2) && w->height % 2 == 0 && w->width % 2 == 0)
         return halving_inverse_norm(x, inverse, w, eps, scale);
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long wide = w->width + 2 * w->padding[1], high = w->height + 2 * w->padding[0];
-    int is_pointwise = w->window[0] * w->window[1] == 1 && w->padding[0] + w->padding[1] == 0
-                       && w->stride[0] * w->stride[1] == 1;
     int failed = 0;
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {

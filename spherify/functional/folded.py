@@ -18,8 +18,8 @@ from spherify.functional.curves import curve_of
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "relu6": F.relu6}
-BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "relu6": F.relu6, "gelu": F.gelu}
+BOUNDS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0), "gelu": (-math.inf, math.inf)}
 
 
 class SharedNorms:
@@ -83,18 +83,49 @@ def served(x: Tensor, groups: int) -> bool:
     return takes(x) and x.dim() <= 4 and not needs_graph(x) and cpu_binding.takes(x, groups)
 
 
-def norms_by_kernel(
-    x: Tensor,
-    window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    eps: float,
-    power: float,
-    shared: SharedNorms | None,
-) -> Tensor:
-    def compute() -> Tensor:
-        return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+Numbers = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
-    return compute() if shared is None else shared.get(x, (window, numbers, eps, power), compute)
+
+def norms_by_kernel(
+    x: Tensor, window: tuple[int, ...], numbers: Numbers, eps: float, power: float, shared: SharedNorms | None
+) -> Tensor:
+    """``power`` / |patch|, (N, G, P, Q). A norm of single pixels is shared by layers of any stride."""
+    if shared is None:
+        return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+    stride, padding, dilation, groups = numbers
+    is_sparse = is_pointwise(window, padding) and any(step != 1 for step in stride)
+
+    def compute() -> Tensor:
+        if not is_sparse:
+            return cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+        dense = norms_by_kernel(x, window, ((1,) * len(stride), padding, dilation, groups), eps, power, shared)
+        kept = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+        return dense[kept].contiguous()
+
+    return shared.get(x, (window, numbers, eps, power), compute)
+
+
+def is_pointwise(window: Sequence[int], padding: Sequence[int]) -> bool:
+    return all(size == 1 for size in window) and not any(padding)
+
+
+def normalises_input(
+    operator: str, activation: str | None, channels: int, filters: int, window: Sequence[int], numbers: Numbers
+) -> bool:
+    """Whether the input is normalised: it has fewer numbers than the output, over which nothing else passes."""
+    stride, padding, _, groups = numbers
+    is_dense = is_pointwise(window, padding) and groups == 1 and all(step == 1 for step in stride)
+    return operator == "cosine" and activation is None and is_dense and channels < filters
+
+
+def normalised_input(
+    x: Tensor, window: tuple[int, ...], numbers: Numbers, eps: float, power: float, shared: SharedNorms | None
+) -> Tensor:
+    """``x power / |x|`` at each pixel."""
+    if shared is None:
+        return cpu_kernels.normalised(x, eps, power)
+    inverse = norms_by_kernel(x, window, numbers, eps, power, shared)
+    return shared.get(x, ("normalised", eps, power), lambda: cpu_kernels.normalised(x, eps, power, inverse))
 
 
 def can_share(x: Tensor) -> bool:
@@ -131,7 +162,7 @@ def folded_conv(
     Args:
         x: (N, C, H, W).
         steepness: 1 / 2k of sigmoid and learnable: a number, or (O,) numbers.
-        activation: what follows: relu, relu6, or None.
+        activation: what follows: relu, relu6, gelu, or None.
         The others are as in ``sphere_conv2d``.
 
     Returns:
@@ -148,6 +179,10 @@ def folded_conv(
         pads, padding = [(0, 0)] * dims, 0
     numbers = (tuple(stride), tuple(before for before, _ in pads), tuple(dilation), groups)
     by_kernels = all(before == after for before, after in pads) and served(x, groups)
+    if by_kernels and normalises_input(operator, activation, weight.shape[1], weight.shape[0], window, numbers):
+        unit = normalised_input(x, tuple(window), numbers, eps, power, shared)
+        out = CONVOLUTIONS[dims](unit, weight, bias, stride, padding, dilation, groups)
+        return out[0] if is_unbatched else out
     if by_kernels:
         inverse = norms_by_kernel(x, tuple(window), numbers, eps, power, shared)
     else:
@@ -177,11 +212,10 @@ def folded_linear(
     if by_kernels and operator == "cosine" and x.shape[-1] < 2 * weight.shape[0]:
         # fewer numbers in the input than passes over the output would touch, and the product adds the bias itself
         def unit() -> Tensor:
-            return cpu_kernels.normalised_rows(given, eps, power)
+            return cpu_kernels.normalised(given, eps, power).view(x.shape)
 
-        rows = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
-        rows = rows if activation is None else rows.clamp_(*BOUNDS[activation])
-        return rows.view(*x.shape[:-1], weight.shape[0])
+        out = F.linear(unit() if shared is None else shared.get(x, ("rows", eps, power), unit), weight, bias)
+        return out if activation is None else activated_(out, activation)
 
     def inverse() -> Tensor:
         if by_kernels:
@@ -218,7 +252,15 @@ def finish(
         values = dict(gain=scale, bias=bias, steep=steepness)
         curve = curve_of(operator, steepness)
         cpu_kernels.normalise_and_respond_(
-            product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve
+            product,
+            inverse,
+            operator,
+            values,
+            guard=guard,
+            low=low,
+            high=high,
+            curve=curve,
+            is_gelu=activation == "gelu",
         )
         return product
     dims = product.dim() - 2
@@ -241,8 +283,17 @@ def finish(
         if bias is not None:
             part.add_(bias)
         if activation is not None:
-            part.clamp_(*BOUNDS[activation])
+            activated_(part, activation)
     return product
+
+
+def activated_(out: Tensor, activation: str) -> Tensor:
+    """In place where nobody looks."""
+    if activation != "gelu":
+        return out.clamp_(*BOUNDS[activation])
+    if out.requires_grad:
+        return F.gelu(out)
+    return cpu_kernels.gelu_(out) if cpu_binding.takes(out, 1) else out.copy_(F.gelu(out))
 
 
 def by_filter(value: Tensor | None, dtype: torch.dtype, dims: int) -> Tensor | None:

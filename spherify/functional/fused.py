@@ -45,14 +45,17 @@ def takes(*tensors: object) -> bool:
     Compilers, exporters, ``torch.func``, forward-mode derivatives, checkpoints, counters of operations and our own
     recorder get the plain operations, which they can take apart.
     """
-    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if any(type(tensor) not in PLAIN_TENSORS or tensor.device.type not in ("cpu", "cuda") for tensor in given):
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (type(tensor) not in PLAIN_TENSORS or not (tensor.is_cpu or tensor.is_cuda)):
+            return False
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    # torch's C functions are asked straight: with its caches full of a large product, Python's frames cost the most
+    if torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0:
-        return False
-    if any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()):
+    if torch._C._len_torch_function_stack() and not all(
+        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
+    ):
         return False
     return saved_tensor_hooks(False) is None
 

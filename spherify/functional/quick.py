@@ -13,12 +13,22 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.cosine import CONVOLUTIONS
 from spherify.functional.curves import curve_of, prepare
-from spherify.functional.folded import BOUNDS, SharedNorms, finish, needs_graph, served
+from spherify.functional.folded import (
+    BOUNDS,
+    Numbers,
+    SharedNorms,
+    activated_,
+    normalised_input,
+    normalises_input,
+    norms_by_kernel,
+    served,
+)
 from spherify.functional.fused import takes
 
 ByFilter = float | Tensor | None
 Constants = tuple[Tensor | None, Tensor | None, ByFilter]  # bias, scale, steepness
-Run = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor | None], Tensor | None]  # None: the long way must be gone
+NO_NUMBERS: Numbers = ((), (), (), 1)  # of a linear layer
 MOST_WAYS = 16  # of a layer; images of many sizes must not fill the memory
 
 
@@ -33,20 +43,24 @@ class QuickCalls:
     def __reduce__(self) -> tuple[type[QuickCalls], tuple[()]]:
         return QuickCalls, ()
 
-    def way_for(self, x: Tensor, weight: Tensor, *constants: ByFilter) -> Run | None:
-        """What serves such an input, if it is known, with constants (bias, scale, steepness) lying where they lie."""
-        if not takes(x) or needs_graph(x) or torch.is_autocast_enabled("cpu"):
+    def way_for(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, steepness: ByFilter
+    ) -> Run | None:
+        """What serves such an input, if it is known, with constants lying where they lie."""
+        if not takes(x) or torch._C._is_any_autocast_enabled():
             return None
-        return self.ways.get(key_of(x, weight, constants))
+        if (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled():
+            return None
+        return self.ways.get(key_of(x, weight, bias, scale, steepness))
 
     def remember(
-        self, x: Tensor, weight: Tensor, *constants: ByFilter, groups: int, make: Callable[[], Run | None]
+        self, x: Tensor, weight: Tensor, constants: Constants, *, groups: int, make: Callable[[], Run | None]
     ) -> None:
         """Keep what ``make`` makes for such an input when it comes the second time in a row."""
         rows = x if x.dim() == weight.dim() else x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled("cpu") or not served(rows, groups) or not all(map(is_ready, constants)):
+        if torch._C._is_any_autocast_enabled() or not served(rows, groups) or not all(map(is_ready, constants)):
             return
-        key = key_of(x, weight, constants)
+        key = key_of(x, weight, *constants)
         if self.met != key:
             self.met = key
         elif (way := make()) is not None:
@@ -66,9 +80,20 @@ class QuickCalls:
         return held[1]
 
 
-def key_of(x: Tensor, weight: Tensor, constants: tuple[ByFilter, ...]) -> tuple[Any, ...]:
-    places = (value.data_ptr() if isinstance(value, Tensor) else value for value in constants)
-    return x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, torch.get_num_threads(), *places
+def key_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, steepness: ByFilter
+) -> tuple[Any, ...]:
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        weight.shape,
+        weight.dtype,
+        torch.get_num_threads(),
+        None if bias is None else bias.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        steepness.data_ptr() if isinstance(steepness, Tensor) else steepness,
+    )
 
 
 def is_ready(value: ByFilter) -> bool:
@@ -78,38 +103,85 @@ def is_ready(value: ByFilter) -> bool:
     return value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous() and value.numel() > 1
 
 
-def ready_response(
-    product: Tensor, inverse: Tensor, operator: str, constants: Constants, activation: str | None
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """``finish`` for products and norms that lie as these do: of (product, inverse), in place."""
-    groups = inverse.shape[1]
+def ready_layer(
+    x: Tensor,
+    product: Tensor,
+    window: tuple[int, ...],
+    numbers: Numbers,
+    operator: str,
+    eps: float,
+    power: float,
+    constants: Constants,
+    activation: str | None,
+) -> cpu_binding.Layer | None:
+    """What the kernels are told of inputs (N, C, ...) and products (N, O, ...) that lie as these do."""
+    first = cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
+    fit = cpu_binding.takes(product, first.shape[1]) and cpu_binding.fits(product, first)
     filters = product.shape[1]
-    fit = cpu_binding.takes(product, groups) and cpu_binding.fits(product, inverse)
     if not fit or any(isinstance(value, Tensor) and value.numel() != filters for value in constants):
         return None
     bias, scale, steep = constants
     guard = torch.inf if operator == "cosine" else cpu_kernels.guard_of(operator)
     low, high = BOUNDS[activation]
     values = dict(gain=scale, bias=bias, steep=steep)
-    described, alive = cpu_kernels.elementwise(
-        product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve_of(operator, steep)
+    response, alive = cpu_kernels.elementwise(
+        product,
+        first,
+        operator,
+        values,
+        guard=guard,
+        low=low,
+        high=high,
+        curve=curve_of(operator, steep),
+        is_gelu=activation == "gelu",
     )
+    layer = cpu_binding.Layer(cpu_kernels.described_window(x, window, *numbers)[0], response, eps, power)
+    # what was made here lives as long; the layer's own constants are known by their places
+    layer.kept = [value for value in alive[1:] if not any(value is given for given in constants)]
+    return layer
+
+
+def ready_run(
+    layer: cpu_binding.Layer,
+    strides: tuple[int, ...],
+    multiply: Callable[..., Tensor],
+    arguments: tuple[Any, ...],
+    norms_of: Callable[[Tensor], Tensor] | None,
+) -> Run:
+    """Norms, product, response. ``norms_of``: of an input whose norms are shared; else they are the kernels' own."""
     kernels = cpu_binding.library()
     assert kernels is not None
-    forward, template, strides = kernels.forward, bytes(described), product.stride()
-    copied, by_reference = cpu_binding.Elementwise.from_buffer_copy, ctypes.byref
-    kept = [value for value in alive[1:] if not any(value is given for given in constants)]  # those made here
+    hold, respond, respond_at_once = kernels.hold_norms, kernels.respond_to_norms, kernels.respond_to_patches
+    place = ctypes.byref(layer)
 
-    def respond_(product: Tensor, inverse: Tensor) -> Tensor:
-        if product.requires_grad or product.dtype != torch.float32 or product.stride() != strides:
-            return finish(product, inverse, operator, steep, scale, bias, activation, by_kernels=True)
-        own = copied(template)  # several threads may be here
-        own.inverse = inverse.data_ptr()
-        forward(product.data_ptr(), None, by_reference(own))
+    def sharing(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        assert norms_of is not None
+        inverse = norms_of(x)
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        respond(inverse.data_ptr(), product.data_ptr(), place)
         return product
 
-    respond_.kept = kept  # type: ignore[attr-defined]
-    return respond_
+    def holding(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if hold(x.data_ptr(), place):
+            raise MemoryError(cpu_kernels.NO_MEMORY)
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        respond(None, product.data_ptr(), place)
+        return product
+
+    def at_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        product = multiply(x, weight, None, *arguments)
+        if product.stride() != strides:
+            return None
+        cpu_kernels.checked(respond_at_once(x.data_ptr(), product.data_ptr(), place))
+        return product
+
+    if norms_of is not None:
+        return sharing
+    return holding if kernels.can_hold(place) else at_once
 
 
 def ready_conv(
@@ -117,7 +189,7 @@ def ready_conv(
     out: Tensor,
     *,
     window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
+    numbers: Numbers,
     constants: Constants,
     operator: str,
     eps: float,
@@ -126,41 +198,40 @@ def ready_conv(
     activation: str | None,
 ) -> Run | None:
     """``folded_conv`` of inputs like ``x`` that it answered with tensors like ``out``."""
-    norms_of = ready_norms(x, window, numbers, eps, power)
-    respond_ = ready_response(out, norms_of(x), operator, constants, activation)
-    convolve, key = CONVOLUTIONS[len(window)], (window, numbers, eps, power)
-    if respond_ is None:
+    convolve = CONVOLUTIONS[len(window)]
+    if normalises_input(operator, activation, x.shape[1], out.shape[1], window, numbers):
+        normalised = ready_unit(x, eps, power)
+
+        def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if shared is None:
+                return convolve(normalised(x), weight, bias, *numbers)
+            return convolve(normalised_input(x, window, numbers, eps, power, shared), weight, bias, *numbers)
+
+        return multiply
+    layer = ready_layer(x, out, window, numbers, operator, eps, power, constants, activation)
+    if layer is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        inverse = norms_of(x) if shared is None else shared.get(x, key, lambda: norms_of(x))
-        return respond_(convolve(x, weight, None, *numbers), inverse)
+    def shared_norms(x: Tensor) -> Tensor:
+        return norms_by_kernel(x, window, numbers, eps, power, shared)
 
-    return run
+    return ready_run(layer, out.stride(), convolve, numbers, None if shared is None else shared_norms)
 
 
-def ready_norms(
-    x: Tensor,
-    window: tuple[int, ...],
-    numbers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
-    eps: float,
-    power: float,
-) -> Callable[[Tensor], Tensor]:
-    """``cpu_kernels.patch_inverse_norm`` of inputs that lie as ``x`` does."""
-    first = cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
-    if cpu_binding.lies_in_rows(x, numbers[3]) and all(size == 1 for size in window):
-        return lambda x: cpu_kernels.patch_inverse_norm(x, window, *numbers, eps, power)
-    described, _ = cpu_kernels.described_window(x, window, *numbers)
+def ready_unit(x: Tensor, eps: float, power: float) -> Callable[[Tensor], Tensor]:
+    """``cpu_kernels.normalised`` of inputs that lie as ``x`` does, (N, C, ...) with norms of single pixels."""
+    ones = (1,) * (x.dim() - 2)
+    described, _ = cpu_kernels.described_window(x, ones, ones, (0,) * len(ones), ones, 1)
     kernels = cpu_binding.library()
     assert kernels is not None
-    compute, place, shape, strides = kernels.patch_inverse_norm, ctypes.byref(described), first.shape, first.stride()
+    normalise, place = kernels.normalise, ctypes.byref(described)
 
-    def norms_of(x: Tensor) -> Tensor:
-        out = torch.empty_strided(shape, strides, dtype=torch.float32, device="cpu")
-        cpu_kernels.checked(compute(x.data_ptr(), out.data_ptr(), place, eps, power))
-        return out
+    def unit(x: Tensor) -> Tensor:
+        made = torch.empty_like(x)
+        normalise(x.data_ptr(), None, made.data_ptr(), place, eps, power)
+        return made
 
-    return norms_of
+    return unit
 
 
 def ready_linear(
@@ -177,37 +248,27 @@ def ready_linear(
     """``folded_linear`` of inputs like ``x`` that it answered with tensors like ``out``."""
     if not x.is_contiguous():
         return None
-    size, filters, shape = x.shape[-1], out.shape[-1], out.shape
-    rows, threads = x.numel() // size, cpu_binding.threads_for(x.numel())
-    kernels = cpu_binding.library()
-    assert kernels is not None
+    size, filters = x.shape[-1], out.shape[-1]
+    rows = x.view(-1, size)
     if operator == "cosine" and size < 2 * filters:
-        normalise = kernels.normalised_rows
-
-        def unit(x: Tensor) -> Tensor:
-            made = torch.empty((rows, size), dtype=torch.float32, device="cpu")
-            normalise(x.data_ptr(), made.data_ptr(), rows, size, eps, power, threads)
-            return made
+        normalised = ready_unit(rows, eps, power)
 
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = unit(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: unit(x))
-            product = F.linear(found, weight, bias)
-            return (product if activation is None else product.clamp_(*BOUNDS[activation])).view(shape)
+            unit = normalised(x) if shared is None else shared.get(x, ("rows", eps, power), lambda: normalised(x))
+            product = F.linear(unit, weight, bias)
+            return product if activation is None else activated_(product, activation)
 
         return multiply
-    lengths = kernels.inverse_lengths
-
-    def norms_of(x: Tensor) -> Tensor:
-        made = torch.empty((rows, 1), dtype=torch.float32, device="cpu")
-        lengths(x.data_ptr(), made.data_ptr(), rows, size, eps, power, threads)
-        return made
-
-    respond_ = ready_response(out.view(rows, filters), norms_of(x), operator, constants, activation)
-    if respond_ is None:
+    products = out.view(-1, filters)
+    layer = ready_layer(rows, products, (), NO_NUMBERS, operator, eps, power, constants, activation)
+    if layer is None:
         return None
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        inverse = norms_of(x) if shared is None else shared.get(x, (eps, power), lambda: norms_of(x))
-        return respond_(F.linear(x.view(rows, size), weight), inverse).view(shape)
+    def shared_norms(x: Tensor) -> Tensor:
+        def compute() -> Tensor:
+            return cpu_kernels.patch_inverse_norm(x.view(-1, size), (), *NO_NUMBERS, eps, power)
 
-    return run
+        assert shared is not None
+        return shared.get(x, (eps, power), compute)
+
+    return ready_run(layer, out.stride(), F.linear, (), None if shared is None else shared_norms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -32,7 +33,7 @@ class Folded(AngularLayer):
     Attributes:
         power: what the filters were divided by besides their length.
         shared: where the norms of an input are kept that other layers read too, or None.
-        activation: relu or relu6 where the layer took it in, or None.
+        activation: relu, relu6 or gelu where the layer took it in, or None.
         quick: how the last input was computed, for the next of its shape.
     """
 
@@ -49,9 +50,19 @@ class Folded(AngularLayer):
 
     @property
     def steepness(self) -> Tensor | float | None:
-        if self.k_logit is None:
-            return None if self.fixed_k is None else 0.5 / self.fixed_k
+        if self.fixed_k is not None:
+            return 0.5 / self.fixed_k
+        if self.operator != "learnable":
+            return None
+        assert self.k_logit is not None
         return self.quick.steepness(self.k_logit, lambda logit: 0.5 / k_from_logit(logit))
+
+    def weight_and_constants(self) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | float | None]]:
+        """Weight; bias, gain, steepness. ``__getattr__`` is passed by: cold, its calls are a tenth of a small layer."""
+        held = self._parameters
+        weight = held["weight"]
+        assert weight is not None
+        return weight, (held["bias"], held.get("gain"), None if self.operator == "cosine" else self.steepness)
 
     def train(self, mode: bool = True) -> Self:
         if mode:
@@ -68,9 +79,10 @@ class FoldedConv(Folded, SphereConv):
 
     def forward(self, x: Tensor) -> Tensor:
         x, padding = self.padded(x)
-        weight, constants = self.weight, (self.bias, self.gain, self.steepness)
-        if (way := self.quick.way_for(x, weight, *constants)) is not None:
-            return way(x, weight, constants[0])
+        weight, constants = self.weight_and_constants()
+        way = self.quick.way_for(x, weight, *constants)
+        if way is not None and (out := way(x, weight, constants[0])) is not None:
+            return out
         out = self.slowly(x, padding)
         if isinstance(padding, tuple) and self.padding_mode == "zeros" and x.dim() == weight.dim():
             window, numbers = tuple(weight.shape[2:]), (self.stride, padding, self.dilation, self.groups)
@@ -79,7 +91,7 @@ class FoldedConv(Folded, SphereConv):
             self.quick.remember(
                 x,
                 weight,
-                *constants,
+                constants,
                 groups=self.groups,
                 make=lambda: ready_conv(x, out, window=window, numbers=numbers, constants=constants, **options),
             )
@@ -141,16 +153,18 @@ class FoldedLinear(Folded, SphereLinear):
     """``SphereLinear`` for inference."""
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        weight, constants = self.weight_and_constants()
+        constants = constants if bias is None else (bias, *constants[1:])
+        way = self.quick.way_for(x, weight, *constants)
+        if way is not None and (out := way(x, weight, constants[0])) is not None:
+            return out
         # detached: an owner that calls the layer for F.linear by its very weight must not do so here
-        weight = self.weight.detach()
-        constants = (self.bias if bias is None else bias, self.gain, self.steepness)
-        if (way := self.quick.way_for(x, weight, *constants)) is not None:
-            return way(x, weight, constants[0])
+        weight = weight.detach()
         options: dict[str, Any] = dict(operator=self.operator, eps=self.eps, power=self.power)
         options |= dict(shared=self.shared, activation=self.activation)
         out = folded_linear(x, weight, *constants[:2], steepness=constants[2], **options)
         self.quick.remember(
-            x, weight, *constants, groups=1, make=lambda: ready_linear(x, out, constants=constants, **options)
+            x, weight, constants, groups=1, make=lambda: ready_linear(x, out, constants=constants, **options)
         )
         return out
 
@@ -187,12 +201,19 @@ FOLDED: dict[type[nn.Module], type[Folded]] = {
 }
 
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.GELU: "gelu",
+    timm.layers.activations.GELU: "gelu",
+}
 
 
 def takes_in(layer: nn.Module, behind: nn.Module) -> bool:
     """Whether the folded form of a layer can compute the activation, too."""
-    return issubclass(FOLDED.get(type(layer), nn.Module), (FoldedConv, FoldedLinear)) and type(behind) in ACTIVATIONS
+    is_exact = getattr(behind, "approximate", "none") == "none"  # GELU by tanh stays
+    can = issubclass(FOLDED.get(type(layer), nn.Module), (FoldedConv, FoldedLinear))
+    return can and is_exact and type(behind) in ACTIVATIONS
 
 
 class FoldedAway(Removed):

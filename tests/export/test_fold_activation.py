@@ -71,10 +71,43 @@ def test_a_linear_layer_with_a_gain_takes_its_activation_in(options):
         assert_close(folded(X), model(X), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Tanh])
-def test_other_activations_stay(kind):
-    model, folded = folded_pair(Block(kind()))
-    assert type(folded.act) is kind
+@pytest.mark.parametrize("shape", [(2, 3, 12, 12), (3, 3, 5, 5), (2, 3, 3, 3)], ids=["wide", "small", "one pixel"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", OPERATORS, ids=lambda options: options["operator"])
+@torch.no_grad()
+def test_a_layer_takes_gelu_in_for_every_layout(options, layout, shape):
+    model, folded = folded_pair(Block(nn.GELU()), **options)
+    assert isinstance(folded.act, FoldedAway)
+    assert folded.conv.activation == "gelu"
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=layout)
+    x[0, 0, 0, 0] = float("nan")
+    expected = model(x)
+    assert expected.isnan().any()
+    for _ in range(3):  # the third time by the short way
+        assert_close(folded(x), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), timm.layers.activations.GELU()], ids=["torch", "timm"])
+@pytest.mark.parametrize("options", OPERATORS, ids=lambda options: options["operator"])
+def test_linear_layers_take_gelu_in(act, options):
+    plain = nn.Sequential(nn.Flatten(2), nn.Linear(100, 90), act, nn.Linear(90, 4))
+    model, folded = folded_pair(plain, **options)
+    assert folded[1].activation == "gelu"
+    with torch.no_grad():
+        for _ in range(3):
+            assert_close(folded(X), model(X), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(folded(X).float(), model(X).float(), rtol=0.1, atol=0.1)
+        assert_close(folded.double()(X.double()), model.double()(X.double()), rtol=1e-6, atol=1e-6)
+    x = X.double().requires_grad_()
+    one, other = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (model, folded))
+    assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [nn.GELU("tanh"), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(), nn.Tanh()], ids=str)
+def test_other_activations_stay(act):
+    model, folded = folded_pair(Block(act))
+    assert type(folded.act) is type(act)
     assert folded.conv.activation is None
     with torch.no_grad():
         assert_close(folded(X), model(X), rtol=1e-5, atol=1e-5)

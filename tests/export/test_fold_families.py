@@ -56,8 +56,9 @@ def test_the_smallest_model_of_a_family_answers_as_before(name, operator):
     """The measure is the unfolded model in float64, relative to its largest output.
 
     In float32 the folded model is within 1e-5 of it or, where the unfolded model in float32 is not, within four times
-    that one's distance. Some models (GhostNet: 0.01) make much of the last bit: a patch of nearly nothing has a steep
-    cosine. So in float64 the bound is 1e-6 or a hundred times what an input changed in its last bits changes.
+    that one's distance, the largest of four for inputs that differ in their last bits. Some models (GhostNet: 0.01)
+    make much of the last bit: a patch of nearly nothing has a steep cosine. So in float64 the bound is 1e-6 or a
+    hundred times what an input changed in its last bits changes.
     """
     torch.manual_seed(0)
     plain = build(resolve(name))
@@ -81,10 +82,16 @@ def test_the_smallest_model_of_a_family_answers_as_before(name, operator):
         print(f"{name} {operator}: float32 folded from unfolded {found:.1e}")
         assert found < 1e-5
         return
+    last_bits = torch.Generator().manual_seed(1)
+    shaken = [
+        answers(model, tuple(images * (1 + 6e-8 * torch.randn(images.shape, generator=last_bits)) for images in x))
+        for _ in range(3)
+    ]
     model, x = model.double(), tuple(images.double() for images in x)
     truth = answers(model, x)
     nudged = distance(answers(model, tuple(images + 1e-15 * torch.randn_like(images) for images in x)), truth)
-    narrow = {"unfolded": distance(unfolded, truth), "folded": distance(folded, truth)}
+    by_chance = max(distance(outputs, truth) for outputs in (unfolded, *shaken))
+    narrow = {"unfolded": by_chance, "folded": distance(folded, truth)}
     wide = distance(answers(fold(model, example_input=x, inplace=True), x), truth)
     print(
         f"{name} {operator}: float32 unfolded {narrow['unfolded']:.1e}, folded {narrow['folded']:.1e}; "

@@ -114,6 +114,31 @@ def test_gradients_compilers_and_doubles_take_the_long_way(options, name):
         assert_close(folded.double()(x.double()), model.double()(x.double()), rtol=1e-5, atol=1e-5)
 
 
+def test_a_weight_that_wants_a_gradient_gets_one():
+    _, folded, x = folded_block("3x3", OPERATORS[0])
+    with torch.no_grad():
+        for _ in range(3):
+            answer = folded(x)
+    folded.layer.weight.requires_grad_()
+    found = folded(x)
+    assert_close(found, answer, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), folded.layer.weight)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.equal(folded(x), answer)
+
+
+@each_operator
+@torch.no_grad()
+def test_a_weight_that_lies_otherwise_may_change_how_the_output_lies(options):
+    _, folded, x = folded_block("3x3", options)
+    for _ in range(3):
+        answer = folded(x)
+    folded.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        assert_close(folded(x), answer, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_copies_and_pickles_begin_anew():
     _, folded, x = folded_block("3x3", OPERATORS[0])

@@ -294,6 +294,26 @@ def test_norms_of_3x3_depthwise_layers_are_those_in_double(size, stride):
     assert_close(found.double(), 2 * torch.rsqrt(energy + 1e-4), rtol=1e-6, atol=0, equal_nan=True)
 
 
+def test_gelu_is_that_in_double():
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-20, -1e-6, 1e4, -1e4])])
+    truth = F.gelu(x.double())
+    assert ((cpu_kernels.gelu_(x.clone()) - truth).abs() <= 4e-7 * x.abs()).all()
+    assert cpu_kernels.gelu_(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 24, 24), (3, 20, 3, 3), (2, 5, 17, 1), (2, 7, 19), (5, 30)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_normalised_input_is_that_in_double(shape, layout):
+    x = normal(*shape, dtype=torch.float32)
+    x = x.contiguous(memory_format=layout) if x.dim() == 4 else x
+    x[0], x[1, 1] = 0.0, float("nan")
+    norm = (x.double().square().sum(1, keepdim=True) + 1e-4).sqrt()
+    found = cpu_kernels.normalised(x, 1e-4, 2.0)
+    assert_close(found.double(), 2 * x.double() / norm, rtol=1e-6, atol=0, equal_nan=True)
+    given = cpu_kernels.normalised(x, 1e-4, 2.0, (2 / norm).float().contiguous())
+    assert_close(given, found, rtol=1e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("groups", [1, 6])
 def test_norms_of_every_size_of_number_are_those_in_double(groups):
     for size in (1e-30, 1e-4, 1.0, 1e4, 1e18):
