@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherify.errors import OptionError
+from spherify.functional import in_graphs
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     DEFAULT_EPS,
     conv_cosine_and_type,
+    is_seen_through,
     linear_cosine_and_type,
     padding_at_both_ends,
     per_axis,
@@ -57,7 +59,12 @@ def respond(
     """g(cosine) * gain + bias, filter by filter."""
     if isinstance(k, Tensor):
         k = per_filter(k, filters, trailing_dims, "k")
-    out = RESPONSES[operator].function(cosine, k)
+    return with_gain_and_bias(RESPONSES[operator].function(cosine, k), gain, bias, filters, trailing_dims)
+
+
+def with_gain_and_bias(
+    out: Tensor, gain: Tensor | None, bias: Tensor | None, filters: int, trailing_dims: int
+) -> Tensor:
     if gain is not None:
         out = out * per_filter(gain, filters, trailing_dims, "gain")
     if bias is not None:
@@ -125,11 +132,21 @@ def plain_sphere(
     window: dict,
 ) -> Tensor:
     """The response by plain operations, for compilers, transforms, and gradients of gradients; linear for (O, D)."""
+    filters, dims = weight.shape[0], weight.dim() - 2
+    if dims == 0 and x.dim() > 2 and is_seen_through():
+        # Of (N, H, W, D) that comes of a permutation the compiler would make angles in an order that no matrix product
+        # can take, and copy them number by number.
+        rows = plain_sphere(x.reshape(-1, x.shape[-1]), weight, bias, operator, k, eps, gain, window)
+        return rows.view(*x.shape[:-1], filters)
+    if in_graphs.serves(x, weight, operator, window.get("groups", 1)):
+        if isinstance(k, Tensor):
+            per_filter(k, filters, 0, "k")
+        return with_gain_and_bias(in_graphs.response(x, weight, operator, k, eps, window), gain, bias, filters, dims)
     if weight.dim() == 2:
         cosine, out_type = linear_cosine_and_type(x, weight, eps)
     else:
         cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
-    return respond(cosine, operator, k, gain, bias, weight.shape[0], weight.dim() - 2).to(out_type)
+    return respond(cosine, operator, k, gain, bias, filters, dims).to(out_type)
 
 
 def common_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
