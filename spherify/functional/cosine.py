@@ -193,8 +193,9 @@ def conv_cosine_and_type(
     groups: int,
     padding_mode: str,
     eps: float,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, torch.dtype]:
-    """``conv_cosine``, and the type that the plain convolution would return (half under autocast)."""
+    """``conv_cosine`` times ``scale``, (O,), and the type that the plain convolution would return (half under autocast)."""
     dims = weight.dim() - 2
     stride, dilation = per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation")
     pads = padding_at_both_ends(padding, weight.shape[2:], stride, dilation)
@@ -206,12 +207,17 @@ def conv_cosine_and_type(
     out_type = product.dtype
     product = widen(product, inverse_norm.dtype)
     filters = weight.shape[0]
-    if length is not None:
-        product = product * length.view(-1, *[1] * dims)
+    if (factor := product_of(length, scale)) is not None:
+        product = product * factor.view(-1, *[1] * dims)
     if groups in (1, filters):
         return product * inverse_norm, out_type
     grouped = product.unflatten(1, (groups, filters // groups))
     return (grouped * inverse_norm.unsqueeze(2)).flatten(1, 2), out_type
+
+
+def product_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where there is one."""
+    return other if one is None else one if other is None else one * other
 
 
 def patch_inverse_norm(
@@ -258,14 +264,16 @@ def conv_cosine(
     return conv_cosine_and_type(x, weight, stride, padding, dilation, groups, padding_mode, eps)[0]
 
 
-def linear_cosine_and_type(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, torch.dtype]:
-    """``linear_cosine``, and the type that ``F.linear`` would return (half under autocast)."""
+def linear_cosine_and_type(
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, torch.dtype]:
+    """``linear_cosine`` times ``scale``, (O,), and the type that ``F.linear`` would return (half under autocast)."""
     multiplicand, multiplier, length, power = factors_and_lengths(x, weight, eps)
     product = F.linear(multiplicand, multiplier)
     wide = widened(x)
     inverse_norm = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
     cosine = widen(product, inverse_norm.dtype) * inverse_norm
-    return cosine if length is None else cosine * length, product.dtype
+    return cosine if (factor := product_of(length, scale)) is None else cosine * factor, product.dtype
 
 
 def linear_cosine(x: Tensor, weight: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:

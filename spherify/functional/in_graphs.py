@@ -18,6 +18,7 @@ from spherify.functional.cosine import (
     CONVOLUTIONS,
     factors_and_lengths,
     flat,
+    is_seen_through,
     padded,
     padding_at_both_ends,
     patch_inverse_norm,
@@ -47,6 +48,16 @@ def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
         return False
     is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
     return is_kind and are_here()
+
+
+def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
+    """Whether the cosine's response is left as it is computed, at most a few rounding steps beyond 1.
+
+    The clamp and its mask are a third of the arithmetic around a compiled layer; and with the gain behind it the output
+    reads five tensors, from which number on the compiler writes it before an activation reads it.
+    """
+    is_wide = type_of_product(x, weight) in (torch.float32, torch.float64)
+    return is_seen_through() and is_wide and x.device.type == "cpu"
 
 
 def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:

@@ -142,10 +142,15 @@ def plain_sphere(
         if isinstance(k, Tensor):
             per_filter(k, filters, 0, "k")
         return with_gain_and_bias(in_graphs.response(x, weight, operator, k, eps, window), gain, bias, filters, dims)
-    if weight.dim() == 2:
-        cosine, out_type = linear_cosine_and_type(x, weight, eps)
+    scale = None
+    if operator == "cosine" and in_graphs.goes_without_clamp(x, weight):
+        scale, gain = None if gain is None else per_filter(gain, filters, 0, "gain"), None
+    if dims == 0:
+        cosine, out_type = linear_cosine_and_type(x, weight, eps, scale)
     else:
-        cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
+        cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps, scale=scale)
+    if operator == "cosine" and in_graphs.goes_without_clamp(x, weight):
+        return with_gain_and_bias(cosine, None, bias, filters, dims).to(out_type)
     return respond(cosine, operator, k, gain, bias, filters, dims).to(out_type)
 
 
