@@ -195,7 +195,7 @@ def conv_cosine_and_type(
     eps: float,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, torch.dtype]:
-    """``conv_cosine`` times ``scale``, (O,), and the type that the plain convolution would return (half under autocast)."""
+    """``conv_cosine`` times ``scale``, (O,), and the type that the plain convolution would return (autocast: half)."""
     dims = weight.dim() - 2
     stride, dilation = per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation")
     pads = padding_at_both_ends(padding, weight.shape[2:], stride, dilation)

@@ -57,7 +57,7 @@ def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
     reads five tensors, from which number on the compiler writes it before an activation reads it.
     """
     is_wide = type_of_product(x, weight) in (torch.float32, torch.float64)
-    return is_seen_through() and is_wide and x.device.type == "cpu"
+    return is_seen_through() and not is_exporting() and is_wide and x.device.type == "cpu"
 
 
 def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -178,13 +178,13 @@ def respond_backward(
     if cpu_binding.takes(response, inverse.shape[1]) and cpu_binding.fits(response, inverse):
         values = values_of(length, k, operator, fixed_k)
         by_product, along, sums = cpu_kernels.respond_backward(gradient, response, inverse, operator, values)
-        return by_product, along, sums[1:3]
+        return by_product, along, sums[1:3].clone()
     shaped, soft = filter_shape(length, response, response.dtype), softness_like(soft, response)
     softness = blocks.Softness.of(soft)
     found, sums = blocks.backward_by_blocks(
         gradient, response, inverse, shaped, operator, softness, None, None, [True] * 5
     )
-    return found.product, found.along, sums[2:]
+    return found.product, found.along, sums[2:].clone()
 
 
 def values_of(length: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> dict[str, cpu_kernels.ByFilter]:
@@ -248,7 +248,9 @@ def readable(x: Tensor) -> Tensor:
 
 TERMS = "Tensor length, Tensor? k, str operator, float fixed_k"
 WINDOW = "int[] window, int[] stride, int[] padding, int[] dilation, float eps"
-OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {  # schema, what it does, shapes of what it gives
+OPERATORS: dict[
+    str, tuple[str, Callable[..., Any], Callable[..., Any]]
+] = {  # schema, what it does, shapes of what it gives
     "respond": (
         f"(Tensor product, Tensor inverse, {TERMS}) -> Tensor",
         respond,

@@ -10,20 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherify.errors import OptionError
-from spherify.functional import in_graphs
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     DEFAULT_EPS,
-    conv_cosine_and_type,
-    is_seen_through,
-    linear_cosine_and_type,
     padding_at_both_ends,
     per_axis,
 )
 from spherify.functional.eager import SphereProduct, sphere_product_forward
 from spherify.functional.fused import takes
+from spherify.functional.plain import per_filter, plain_sphere
 from spherify.functional.precision import type_of_product
-from spherify.functional.responses import RESPONSES, checked_k, response_named
+from spherify.functional.responses import checked_k, response_named
 
 Size = int | Sequence[int]
 
@@ -38,38 +35,6 @@ def check_call(operator: str, k: float | Tensor | None, eps: float) -> None:
         raise OptionError(f"operator {operator!r} has no k; leave k out, or choose sigmoid or learnable.")
     if not 0 < eps < math.inf:
         raise OptionError(f"eps={eps!r} is no positive number; without it a patch of zeros has no cosine.")
-
-
-def per_filter(value: Tensor, filters: int, trailing_dims: int, name: str) -> Tensor:
-    """(O,), (1,) or () shaped so that it broadcasts against (N, O, ...)."""
-    if value.numel() not in (1, filters):
-        raise OptionError(f"{name} has {value.numel()} numbers; give one, or one for each of the {filters} filters.")
-    return value.reshape(-1, *[1] * trailing_dims)
-
-
-def respond(
-    cosine: Tensor,
-    operator: str,
-    k: float | Tensor | None,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    filters: int,
-    trailing_dims: int,
-) -> Tensor:
-    """g(cosine) * gain + bias, filter by filter."""
-    if isinstance(k, Tensor):
-        k = per_filter(k, filters, trailing_dims, "k")
-    return with_gain_and_bias(RESPONSES[operator].function(cosine, k), gain, bias, filters, trailing_dims)
-
-
-def with_gain_and_bias(
-    out: Tensor, gain: Tensor | None, bias: Tensor | None, filters: int, trailing_dims: int
-) -> Tensor:
-    if gain is not None:
-        out = out * per_filter(gain, filters, trailing_dims, "gain")
-    if bias is not None:
-        out = out + per_filter(bias, filters, trailing_dims, "bias")
-    return out
 
 
 def asks_for_shapes(x: Tensor) -> bool:
@@ -119,39 +84,6 @@ def sphere_conv(
     if takes(x, weight, bias, k, gain) and (compute := common_type(x, weight)) is not None:
         return fused_conv(x, weight, bias, operator, k, eps, gain, window, compute)
     return plain_sphere(x, weight, bias, operator, k, eps, gain, window)
-
-
-def plain_sphere(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    operator: str,
-    k: float | Tensor | None,
-    eps: float,
-    gain: Tensor | None,
-    window: dict,
-) -> Tensor:
-    """The response by plain operations, for compilers, transforms, and gradients of gradients; linear for (O, D)."""
-    filters, dims = weight.shape[0], weight.dim() - 2
-    if dims == 0 and x.dim() > 2 and is_seen_through():
-        # Of (N, H, W, D) that comes of a permutation the compiler would make angles in an order that no matrix product
-        # can take, and copy them number by number.
-        rows = plain_sphere(x.reshape(-1, x.shape[-1]), weight, bias, operator, k, eps, gain, window)
-        return rows.view(*x.shape[:-1], filters)
-    if in_graphs.serves(x, weight, operator, window.get("groups", 1)):
-        if isinstance(k, Tensor):
-            per_filter(k, filters, 0, "k")
-        return with_gain_and_bias(in_graphs.response(x, weight, operator, k, eps, window), gain, bias, filters, dims)
-    scale = None
-    if operator == "cosine" and in_graphs.goes_without_clamp(x, weight):
-        scale, gain = None if gain is None else per_filter(gain, filters, 0, "gain"), None
-    if dims == 0:
-        cosine, out_type = linear_cosine_and_type(x, weight, eps, scale)
-    else:
-        cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps, scale=scale)
-    if operator == "cosine" and in_graphs.goes_without_clamp(x, weight):
-        return with_gain_and_bias(cosine, None, bias, filters, dims).to(out_type)
-    return respond(cosine, operator, k, gain, bias, filters, dims).to(out_type)
 
 
 def common_type(x: Tensor, weight: Tensor) -> torch.dtype | None:
