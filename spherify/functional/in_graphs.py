@@ -33,7 +33,25 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.
 @torch.compiler.assume_constant_result
 def are_here() -> bool:
     """Whether the kernels can be had; asked while a graph is made."""
+    tell_inductor_the_layout()
     return cpu_binding.library() is not None
+
+
+def tell_inductor_the_layout() -> None:
+    """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
+    try:
+        from torch._inductor import ir
+        from torch._inductor.lowering import add_layout_constraint
+    except ImportError:  # not a public name: without it the layout is that of autograd, which is right and slower
+        return
+
+    def as_the_response(_: Any, gradient: Any, response: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(response.get_size()) == 4 and response.get_stride()[1] == 1:
+            gradient = ir.ExternKernel.require_stride_order(gradient, [3, 0, 2, 1])
+        return (gradient, response, *others), {}
+
+    for name in ("respond_backward", "depthwise_backward"):
+        add_layout_constraint(getattr(torch.ops.spherify, name).default, as_the_response)
 
 
 def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
@@ -287,7 +305,8 @@ def register() -> None:
     for name, (schema, function, shapes) in OPERATORS.items():
         if hasattr(torch.ops.spherify, name):
             continue
-        torch.library.define(f"spherify::{name}", schema, tags=(torch.Tag.flexible_layout,))
+        tags = () if name.endswith("backward") else (torch.Tag.flexible_layout,)
+        torch.library.define(f"spherify::{name}", schema, tags=tags)
         torch.library.impl(f"spherify::{name}", "CPU", function)
         torch.library.register_fake(f"spherify::{name}", shapes)
 
