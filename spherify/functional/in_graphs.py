@@ -74,8 +74,9 @@ def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
     The clamp and its mask are a third of the arithmetic around a compiled layer; and with the gain behind it the output
     reads five tensors, from which number on the compiler writes it before an activation reads it.
     """
-    is_wide = type_of_product(x, weight) in (torch.float32, torch.float64)
-    return is_seen_through() and not is_exporting() and is_wide and x.device.type == "cpu"
+    if not is_seen_through() or is_exporting() or x.device.type != "cpu":
+        return False
+    return type_of_product(x, weight) in (torch.float32, torch.float64)
 
 
 def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
