@@ -1,15 +1,17 @@
 """Benchmarks: turns, ratios, peaks, and what the command prints."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from benchmarks import peers, speed
 from spherify import ModelError, OptionError
-from spherify.bench.compare import Settings, compare, images_for, machine
+from spherify.bench.compare import Settings, compare, images_for, machine, measure
 from spherify.bench.memory import highest_rise, peak_bytes
 from spherify.bench.timing import Timing, interleaved
 from spherify.layers import SphereConv2d
@@ -41,6 +43,16 @@ def test_a_rise_starts_at_the_lowest_point_before():
     assert highest_rise([10, -5, 7]) == 12
     assert highest_rise([-20, 30, -30]) == 30
     assert highest_rise([]) == 0
+
+
+def test_every_compiled_form_is_compiled_for_its_own_size(monkeypatch):
+    counter = torch._dynamo.testing.CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    names = ["plain", *map(str, range(9))]  # torch keeps 8 by itself
+    forms = {name: nn.Sequential(nn.Linear(4, 4 + number)) for number, name in enumerate(names)}
+    for size in (2, 3):
+        measure("infer", forms, torch.randn(size, 4), Settings(compiled=True, repeats=2, warmup=0))
+    assert counter.frame_count == 20
 
 
 def test_every_form_is_measured_in_both_phases():

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,15 +176,16 @@ def images_for(model: nn.Module, settings: Settings) -> Tensor:
 
 def measure(phase: str, forms: Mapping[str, nn.Module], x: Tensor, settings: Settings) -> list[Row]:
     steps = {name: step_of(phase, model, x, settings) for name, model in forms.items()}
-    peaks = {name: peak_bytes(step, device=settings.device) for name, step in steps.items()}
-    timings = interleaved(
-        steps,
-        repeats=settings.repeats,
-        warmup=settings.warmup,
-        device=settings.device,
-        calls=settings.calls,
-        clock=time.process_time if settings.cpu_time else time.perf_counter,
-    )
+    with compiled_each_for_itself(len(forms)) if settings.compiled else contextlib.nullcontext():
+        peaks = {name: peak_bytes(step, device=settings.device) for name, step in steps.items()}
+        timings = interleaved(
+            steps,
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            device=settings.device,
+            calls=settings.calls,
+            clock=time.process_time if settings.cpu_time else time.perf_counter,
+        )
     rows = []
     for name, timing in timings.items():
         base = "plain folded" if name.endswith("folded") else "plain"
@@ -202,6 +203,18 @@ def measure(phase: str, forms: Mapping[str, nn.Module], x: Tensor, settings: Set
             )
         )
     return rows
+
+
+@contextlib.contextmanager
+def compiled_each_for_itself(forms: int) -> Iterator[None]:
+    """Let ``torch.compile`` forget what it compiled before, and keep as many forms as are to be measured.
+
+    All networks of one class share a forward function. Of it torch compiles eight forms and runs the next ones eagerly,
+    and sizes that have changed since the first it takes for variable.
+    """
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(cache_size_limit=max(8, 2 * forms)):
+        yield
 
 
 def step_of(phase: str, model: nn.Module, x: Tensor, settings: Settings) -> Callable[[], object]:

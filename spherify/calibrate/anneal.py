@@ -16,8 +16,9 @@ from typing_extensions import Self
 
 from spherify.errors import OptionError
 from spherify.functional.cosine import box_sum, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.plain import per_filter
 from spherify.functional.responses import RESPONSES
-from spherify.functional.sphere import per_filter, plain_conv
+from spherify.functional.sphere import plain_conv
 from spherify.layers.angular import AngularLayer
 from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv

@@ -68,14 +68,18 @@ def unit_filters(weight: Tensor, *, eps: float = DEFAULT_EPS) -> tuple[Tensor, f
     return unit.to(weight.dtype), power
 
 
+def is_seen_through() -> bool:
+    """Whether ``torch.compile`` is looking, and nobody else."""
+    return torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 def factors_and_lengths(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor | None, float]:
     """What is multiplied with what, and by what the product is to be multiplied: filter by filter, and as a whole.
 
     Under ``torch.compile`` it is the product that is divided by the filters' lengths, in a pass that is made anyhow;
     unit filters would be written, kept for the gradient and differentiated. Not in float16, whose range asks for them.
     """
-    is_seen_through = torch.compiler.is_dynamo_compiling() and not torch._C._are_functorch_transforms_active()
-    if not is_seen_through or type_of_product(x, weight) == torch.float16:
+    if not is_seen_through() or type_of_product(x, weight) == torch.float16:
         unit, power = unit_filters(weight, eps=eps)
         return x, unit, None, power
     rows = widened(weight.detach())
@@ -166,6 +170,20 @@ def padding_at_both_ends(
     return [(number, number) for number in per_axis(padding, dims, "padding")]
 
 
+def padded(
+    x: Tensor, pads: list[tuple[int, int]], padding: str | int | Sequence[int], mode: str
+) -> tuple[Tensor, list[tuple[int, int]], str | int | Sequence[int]]:
+    """The input with a border as ``mode`` says, and what is left to pad with zeros."""
+    if mode == "zeros" or not any(map(any, pads)):
+        return x, pads, padding
+    return F.pad(x, flat(pads), mode=mode), [(0, 0)] * len(pads), 0
+
+
+def flat(pads: list[tuple[int, int]]) -> list[int]:
+    """As ``F.pad`` wants them: the last dimension first."""
+    return [number for pair in reversed(pads) for number in pair]
+
+
 def conv_cosine_and_type(
     x: Tensor,
     weight: Tensor,
@@ -175,35 +193,47 @@ def conv_cosine_and_type(
     groups: int,
     padding_mode: str,
     eps: float,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, torch.dtype]:
-    """``conv_cosine``, and the type that the plain convolution would return (half under autocast)."""
+    """``conv_cosine`` times ``scale``, (O,), and the type that the plain convolution would return (autocast: half)."""
     dims = weight.dim() - 2
-    window = weight.shape[2:]
     stride, dilation = per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation")
-    pads = padding_at_both_ends(padding, window, stride, dilation)
-    flat_pads = [number for pair in reversed(pads) for number in pair]
-    if padding_mode != "zeros" and any(flat_pads):
-        x = F.pad(x, flat_pads, mode=padding_mode)
-        flat_pads, padding = [0] * (2 * dims), 0
-
+    pads = padding_at_both_ends(padding, weight.shape[2:], stride, dilation)
+    x, pads, padding = padded(x, pads, padding, padding_mode)
     multiplicand, multiplier, length, power = factors_and_lengths(x, weight, eps)
     product = CONVOLUTIONS[dims](multiplicand, multiplier, None, stride, padding, dilation, groups)
-
-    energy = patch_energy(x, groups)
-    if any(flat_pads):
-        energy = F.pad(energy, flat_pads)
-    energy = box_sum(energy, window, stride, dilation)
-    inverse_norm = torch.rsqrt(energy + eps) * power  # (N, G, P, Q)
+    inverse_norm = patch_inverse_norm(x, weight.shape[2:], stride, pads, dilation, groups, eps) * power
 
     out_type = product.dtype
     product = widen(product, inverse_norm.dtype)
     filters = weight.shape[0]
-    if length is not None:
-        product = product * length.view(-1, *[1] * dims)
+    if (factor := product_of(length, scale)) is not None:
+        product = product * factor.view(-1, *[1] * dims)
     if groups in (1, filters):
         return product * inverse_norm, out_type
     grouped = product.unflatten(1, (groups, filters // groups))
     return (grouped * inverse_norm.unsqueeze(2)).flatten(1, 2), out_type
+
+
+def product_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where there is one."""
+    return other if one is None else one if other is None else one * other
+
+
+def patch_inverse_norm(
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    pads: list[tuple[int, int]],
+    dilation: Sequence[int],
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """1 / |patch| by plain operations: (N, C, H, W) to (N, G, P, Q), in float32 or wider."""
+    energy = patch_energy(x, groups)
+    if any(map(any, pads)):
+        energy = F.pad(energy, flat(pads))
+    return torch.rsqrt(box_sum(energy, window, stride, dilation) + eps)
 
 
 def conv_cosine(
@@ -234,14 +264,16 @@ def conv_cosine(
     return conv_cosine_and_type(x, weight, stride, padding, dilation, groups, padding_mode, eps)[0]
 
 
-def linear_cosine_and_type(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, torch.dtype]:
-    """``linear_cosine``, and the type that ``F.linear`` would return (half under autocast)."""
+def linear_cosine_and_type(
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None
+) -> tuple[Tensor, torch.dtype]:
+    """``linear_cosine`` times ``scale``, (O,), and the type that ``F.linear`` would return (half under autocast)."""
     multiplicand, multiplier, length, power = factors_and_lengths(x, weight, eps)
     product = F.linear(multiplicand, multiplier)
     wide = widened(x)
     inverse_norm = torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps) * power
     cosine = widen(product, inverse_norm.dtype) * inverse_norm
-    return cosine if length is None else cosine * length, product.dtype
+    return cosine if (factor := product_of(length, scale)) is None else cosine * factor, product.dtype
 
 
 def linear_cosine(x: Tensor, weight: Tensor, *, eps: float = DEFAULT_EPS) -> Tensor:

@@ -70,7 +70,8 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        headers = tuple(here.with_name(f"cpu_{name}.h") for name in ("functions", "norms", "curves", "folded"))
+        names = ("functions", "norms", "curves", "folded", "depthwise")
+        headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
         WHY_NOT.append(str(error))

@@ -435,3 +435,5 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
         for (long d = 0; d < size; d++) to[d] -= from[d] * factor;
     }
 }
+
+#include "cpu_depthwise.h"

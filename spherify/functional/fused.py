@@ -257,7 +257,7 @@ def differentiable_backward(
     k: Tensor | None,
 ) -> list[Tensor | None]:
     """For gradients of gradients: the plain operations once more, and their own derivatives."""
-    from spherify.functional.sphere import plain_sphere
+    from spherify.functional.plain import plain_sphere
 
     stride, padding, dilation, groups, operator, fixed_k, eps, _ = ctx.numbers
     window = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, padding_mode="zeros")

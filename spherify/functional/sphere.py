@@ -13,15 +13,14 @@ from spherify.errors import OptionError
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     DEFAULT_EPS,
-    conv_cosine_and_type,
-    linear_cosine_and_type,
     padding_at_both_ends,
     per_axis,
 )
 from spherify.functional.eager import SphereProduct, sphere_product_forward
 from spherify.functional.fused import takes
+from spherify.functional.plain import per_filter, plain_sphere
 from spherify.functional.precision import type_of_product
-from spherify.functional.responses import RESPONSES, checked_k, response_named
+from spherify.functional.responses import checked_k, response_named
 
 Size = int | Sequence[int]
 
@@ -36,33 +35,6 @@ def check_call(operator: str, k: float | Tensor | None, eps: float) -> None:
         raise OptionError(f"operator {operator!r} has no k; leave k out, or choose sigmoid or learnable.")
     if not 0 < eps < math.inf:
         raise OptionError(f"eps={eps!r} is no positive number; without it a patch of zeros has no cosine.")
-
-
-def per_filter(value: Tensor, filters: int, trailing_dims: int, name: str) -> Tensor:
-    """(O,), (1,) or () shaped so that it broadcasts against (N, O, ...)."""
-    if value.numel() not in (1, filters):
-        raise OptionError(f"{name} has {value.numel()} numbers; give one, or one for each of the {filters} filters.")
-    return value.reshape(-1, *[1] * trailing_dims)
-
-
-def respond(
-    cosine: Tensor,
-    operator: str,
-    k: float | Tensor | None,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    filters: int,
-    trailing_dims: int,
-) -> Tensor:
-    """g(cosine) * gain + bias, filter by filter."""
-    if isinstance(k, Tensor):
-        k = per_filter(k, filters, trailing_dims, "k")
-    out = RESPONSES[operator].function(cosine, k)
-    if gain is not None:
-        out = out * per_filter(gain, filters, trailing_dims, "gain")
-    if bias is not None:
-        out = out + per_filter(bias, filters, trailing_dims, "bias")
-    return out
 
 
 def asks_for_shapes(x: Tensor) -> bool:
@@ -112,24 +84,6 @@ def sphere_conv(
     if takes(x, weight, bias, k, gain) and (compute := common_type(x, weight)) is not None:
         return fused_conv(x, weight, bias, operator, k, eps, gain, window, compute)
     return plain_sphere(x, weight, bias, operator, k, eps, gain, window)
-
-
-def plain_sphere(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    operator: str,
-    k: float | Tensor | None,
-    eps: float,
-    gain: Tensor | None,
-    window: dict,
-) -> Tensor:
-    """The response by plain operations, for compilers, transforms, and gradients of gradients; linear for (O, D)."""
-    if weight.dim() == 2:
-        cosine, out_type = linear_cosine_and_type(x, weight, eps)
-    else:
-        cosine, out_type = conv_cosine_and_type(x, weight, **window, eps=eps)
-    return respond(cosine, operator, k, gain, bias, weight.shape[0], weight.dim() - 2).to(out_type)
 
 
 def common_type(x: Tensor, weight: Tensor) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from angular_samples import OPERATORS, normal, options_of
 from torch.testing import assert_close
 
 from spherify.functional import c_library, cpu_binding, cpu_kernels, eager, sphere_conv1d, sphere_conv2d, sphere_linear
-from spherify.functional.sphere import plain_sphere
+from spherify.functional.plain import plain_sphere
 
 pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason=f"CPU kernels: {cpu_binding.state()}")
 each_operator = pytest.mark.parametrize("name", OPERATORS)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spherify.bench.memory import peak_bytes
 from spherify.functional import blocks, fused, sphere_conv2d, sphere_linear
-from spherify.functional.sphere import plain_sphere
+from spherify.functional.plain import plain_sphere
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 WINDOWS = [

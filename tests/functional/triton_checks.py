@@ -6,7 +6,7 @@ import sys
 import torch
 
 from spherify.functional import blocks, eager, filters, fused, triton_kernels
-from spherify.functional.sphere import plain_sphere
+from spherify.functional.plain import plain_sphere
 
 FORMATS = ("contiguous", "channels_last", "linear")
 OPERATORS = {"cosine": None, "linear": None, "sigmoid": 0.3, "learnable": torch.linspace(0.3, 1.5, 6)}

@@ -1,0 +1,315 @@
+"""How compiled graphs reach the CPU's kernels: operators whose inside the compiler does not see.
+
+For what it makes much of: the responses with asin and tanh, which it would compute anew in each pass that reads them,
+and the norms of depthwise layers, which are as many as the outputs, and which it would keep for the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spherify.functional import blocks, cpu_binding, cpu_depthwise, cpu_kernels
+from spherify.functional.cosine import (
+    CONVOLUTIONS,
+    factors_and_lengths,
+    flat,
+    is_seen_through,
+    padded,
+    padding_at_both_ends,
+    patch_inverse_norm,
+    per_axis,
+)
+from spherify.functional.filters import filter_shape, like
+from spherify.functional.precision import type_of_product
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.6 cannot be asked
+
+
+@torch.compiler.assume_constant_result
+def are_here() -> bool:
+    """Whether the kernels can be had; asked while a graph is made."""
+    tell_inductor_the_layout()
+    return cpu_binding.library() is not None
+
+
+def tell_inductor_the_layout() -> None:
+    """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
+    try:
+        from torch._inductor import ir
+        from torch._inductor.lowering import add_layout_constraint
+    except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
+        return
+
+    def as_the_response(_: Any, gradient: Any, response: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(response.get_size()) == 4 and response.get_stride()[1] == 1:
+            gradient = ir.ExternKernel.require_stride_order(gradient, [3, 0, 2, 1])
+        return (gradient, response, *others), {}
+
+    for name in ("respond_backward", "depthwise_backward"):
+        add_layout_constraint(getattr(torch.ops.spherify, name).default, as_the_response)
+
+
+def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
+    """Whether a layer is to go this way: its training is being compiled, on the CPU in float32, and its kind gains."""
+    if not torch.compiler.is_dynamo_compiling() or is_exporting() or torch._C._are_functorch_transforms_active():
+        return False
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if type_of_product(x, weight) != torch.float32 or x.numel() == 0 or x.dim() > 4 or x.dim() != weight.dim():
+        return False
+    is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
+    return is_kind and are_here()
+
+
+def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
+    """Whether the cosine's response is left as it is computed, at most a few rounding steps beyond 1.
+
+    The clamp and its mask are a third of the arithmetic around a compiled layer; and with the gain behind it the output
+    reads five tensors, from which number on the compiler writes it before an activation reads it.
+    """
+    if not is_seen_through() or is_exporting() or x.device.type != "cpu":
+        return False
+    return type_of_product(x, weight) in (torch.float32, torch.float64)
+
+
+def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    return 1 < groups == x.shape[1] == weight.shape[0]
+
+
+def response(
+    x: Tensor, weight: Tensor, operator: str, k: float | Tensor | None, eps: float, window: dict[str, Any]
+) -> Tensor:
+    """g(theta), before gain and bias: (N, O, ...); of ``serves`` layers.
+
+    Args:
+        window: stride, padding, dilation, groups and padding_mode; empty for linear layers.
+    """
+    soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
+    if weight.dim() == 2:
+        multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
+        inverse = torch.rsqrt((x * x).sum(1, keepdim=True) + eps)
+        product = F.linear(multiplicand, multiplier)
+        return Response.apply(product, inverse, length, soft, operator, number)
+    dims, sizes, groups = weight.dim() - 2, weight.shape[2:], window["groups"]
+    stride, dilation = (per_axis(window[name], dims, name) for name in ("stride", "dilation"))
+    pads = padding_at_both_ends(window["padding"], sizes, stride, dilation)
+    x, pads, padding = padded(x, pads, window["padding"], window["padding_mode"])
+    multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
+    product = CONVOLUTIONS[dims](multiplicand, multiplier, None, stride, padding, dilation, groups)
+    if groups == 1:
+        inverse = patch_inverse_norm(x, sizes, stride, pads, dilation, groups, eps)
+        return Response.apply(product, inverse, length, soft, operator, number)
+    if any(before != after for before, after in pads):
+        x, pads = F.pad(x, flat(pads)), [(0, 0)] * dims
+    described = (list(sizes), list(stride), [before for before, _ in pads], list(dilation))
+    return DepthwiseResponse.apply(product, x, length, soft, operator, number, described, eps)
+
+
+class Response(torch.autograd.Function):
+    """Response to ``product inverse length``; only itself is kept of what has its size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
+    ) -> Tensor:
+        response = torch.ops.spherify.respond(product, inverse, length, k, operator, fixed_k)
+        ctx.save_for_backward(response, inverse, length, k)
+        ctx.operator, ctx.fixed_k = operator, fixed_k
+        return response
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        response, inverse, length, k = ctx.saved_tensors
+        product, along, sums = torch.ops.spherify.respond_backward(
+            gradient, response, inverse, length, k, ctx.operator, ctx.fixed_k
+        )
+        return product, along / inverse, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None
+
+
+class DepthwiseResponse(torch.autograd.Function):
+    """The same for depthwise layers, from the input itself: its norms are computed here, and for the gradient again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Tensor,
+        x: Tensor,
+        length: Tensor,
+        k: Tensor | None,
+        operator: str,
+        fixed_k: float,
+        window: cpu_depthwise.Windowed,
+        eps: float,
+    ) -> Tensor:
+        response = torch.ops.spherify.depthwise_respond(product, x, length, k, operator, fixed_k, *window, eps)
+        ctx.save_for_backward(response, x, length, k)
+        ctx.operator, ctx.fixed_k, ctx.window, ctx.eps = operator, fixed_k, window, eps
+        return response
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        response, x, length, k = ctx.saved_tensors
+        product, by_x, sums = torch.ops.spherify.depthwise_backward(
+            gradient, response, x, length, k, ctx.operator, ctx.fixed_k, *ctx.window, ctx.eps
+        )
+        return product, by_x, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None, None, None
+
+
+def k_gradient(sums: Tensor, k: Tensor | None, is_needed: bool) -> Tensor | None:
+    if k is None or not is_needed:
+        return None
+    softness = blocks.Softness.of(k)
+    assert softness is not None
+    return like(blocks.by_k(sums[1], sums[0], softness), k, is_needed)
+
+
+def respond(
+    product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
+) -> Tensor:
+    out, soft = product.clone(), fixed_k or None if k is None else k
+    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
+    if cpu_binding.takes(out, inverse.shape[1]) and cpu_binding.fits(out, inverse):
+        values = values_of(length, k, operator, fixed_k)
+        cpu_kernels.normalise_and_respond_(out, inverse, operator, values)
+        return out
+    shaped, soft = filter_shape(length, out, out.dtype), softness_like(soft, out)
+    return blocks.normalise_and_respond_(out, inverse, shaped, operator, soft, None, None)
+
+
+def respond_backward(
+    gradient: Tensor,
+    response: Tensor,
+    inverse: Tensor,
+    length: Tensor,
+    k: Tensor | None,
+    operator: str,
+    fixed_k: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    soft = fixed_k or None if k is None else k
+    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
+    if cpu_binding.takes(response, inverse.shape[1]) and cpu_binding.fits(response, inverse):
+        values = values_of(length, k, operator, fixed_k)
+        by_product, along, sums = cpu_kernels.respond_backward(gradient, response, inverse, operator, values)
+        return by_product, along, sums[1:3].clone()
+    shaped, soft = filter_shape(length, response, response.dtype), softness_like(soft, response)
+    softness = blocks.Softness.of(soft)
+    found, sums = blocks.backward_by_blocks(
+        gradient, response, inverse, shaped, operator, softness, None, None, [True] * 5
+    )
+    return found.product, found.along, sums[2:].clone()
+
+
+def values_of(length: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> dict[str, cpu_kernels.ByFilter]:
+    return dict(length=length, **cpu_kernels.constants(operator, fixed_k or None if k is None else k))
+
+
+def softness_like(k: float | Tensor | None, product: Tensor) -> float | Tensor | None:
+    return filter_shape(k, product, product.dtype) if isinstance(k, Tensor) else k
+
+
+def depthwise_respond(
+    product: Tensor,
+    x: Tensor,
+    length: Tensor,
+    k: Tensor | None,
+    operator: str,
+    fixed_k: float,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    eps: float,
+) -> Tensor:
+    windowed = (window, stride, padding, dilation)
+    if cpu_depthwise.takes(x, product):
+        return cpu_depthwise.respond(product, x, operator, values_of(length, k, operator, fixed_k), windowed, eps)
+    x = readable(x)
+    inverse = cpu_kernels.patch_inverse_norm(x, *windowed, x.shape[1], eps)
+    return respond(product, inverse, length, k, operator, fixed_k)
+
+
+def depthwise_backward(
+    gradient: Tensor,
+    response: Tensor,
+    x: Tensor,
+    length: Tensor,
+    k: Tensor | None,
+    operator: str,
+    fixed_k: float,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    windowed = (window, stride, padding, dilation)
+    if cpu_depthwise.takes(x, response):
+        values = values_of(length, k, operator, fixed_k)
+        return cpu_depthwise.respond_backward(gradient, response, x, operator, values, windowed, eps)
+    given = readable(x)
+    inverse = cpu_kernels.patch_inverse_norm(given, *windowed, x.shape[1], eps)
+    product, along, sums = respond_backward(gradient, response, inverse, length, k, operator, fixed_k)
+    by_x = cpu_kernels.subtract_along_(torch.zeros_like(given), given, along, inverse, *windowed)
+    return product, by_x if by_x.stride() == x.stride() else torch.empty_like(x).copy_(by_x), sums
+
+
+def readable(x: Tensor) -> Tensor:
+    """As it is, or laid out as the kernels read it."""
+    return x if cpu_binding.takes(x, x.shape[1]) else x.contiguous()
+
+
+TERMS = "Tensor length, Tensor? k, str operator, float fixed_k"
+WINDOW = "int[] window, int[] stride, int[] padding, int[] dilation, float eps"
+OPERATORS: dict[
+    str, tuple[str, Callable[..., Any], Callable[..., Any]]
+] = {  # schema, what it does, shapes of what it gives
+    "respond": (
+        f"(Tensor product, Tensor inverse, {TERMS}) -> Tensor",
+        respond,
+        lambda product, *_: torch.empty_like(product),
+    ),
+    "respond_backward": (
+        f"(Tensor gradient, Tensor response, Tensor inverse, {TERMS}) -> (Tensor, Tensor, Tensor)",
+        respond_backward,
+        lambda _, response, inverse, *__: (
+            torch.empty_like(response),
+            torch.empty_like(inverse),
+            response.new_empty((2, response.shape[1])),
+        ),
+    ),
+    "depthwise_respond": (
+        f"(Tensor product, Tensor x, {TERMS}, {WINDOW}) -> Tensor",
+        depthwise_respond,
+        lambda product, *_: torch.empty_like(product),
+    ),
+    "depthwise_backward": (
+        f"(Tensor gradient, Tensor response, Tensor x, {TERMS}, {WINDOW}) -> (Tensor, Tensor, Tensor)",
+        depthwise_backward,
+        lambda _, response, x, *__: (
+            torch.empty_like(response),
+            torch.empty_like(x),
+            response.new_empty((2, response.shape[1])),
+        ),
+    ),
+}
+
+
+def register() -> None:
+    """Once in a process, also where this module is imported anew. Of any layout: the kernels read those of the CPU."""
+    for name, (schema, function, shapes) in OPERATORS.items():
+        if hasattr(torch.ops.spherify, name):
+            continue
+        tags = () if name.endswith("backward") else (torch.Tag.flexible_layout,)
+        torch.library.define(f"spherify::{name}", schema, tags=tags)
+        torch.library.impl(f"spherify::{name}", "CPU", function)
+        torch.library.register_fake(f"spherify::{name}", shapes)
+
+
+register()
