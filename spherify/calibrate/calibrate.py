@@ -195,8 +195,8 @@ def notes_on_solves(solved: Solved | None) -> tuple[str, ...]:
     if len(solved.losses) == 1:
         return ("A solve of the outputs did not bring held-out images nearer to the donor, and was dropped.",)
     losses = " -> ".join(f"{loss:.3g}" for loss in solved.losses)
-    left = f"; filters too large to take part: {', '.join(solved.left)}" if solved.left else ""
-    return (f"Outputs solved for {solved.unknowns} numbers: loss on held-out images {losses}{left}.",)
+    left = f" (filters of {len(solved.left)} layers, the largest, stayed)" if solved.left else ""
+    return (f"Outputs solved for {solved.unknowns} numbers{left}: loss on held-out images {losses}.",)
 
 
 def notes_on_output(logits: LayerFit) -> tuple[str, ...]:
