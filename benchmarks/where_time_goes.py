@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,20 +25,40 @@ from benchmarks.speed import MODELS
 from spherify.bench.timing import keep_freed_memory
 from spherify.convert import plan
 from spherify.export.fold import fold, fold_any
-from spherify.functional import cpu_binding, cpu_kernels
+from spherify.functional import cpu_binding, cpu_kernels, cpu_training
 from spherify.functional.quick import QuickCalls
 
 FEWEST_BYTES: dict[str, Callable[..., int]] = {
-    # reads and writes of float32 numbers that cannot be avoided, once each
+    # of folded layers: reads and writes of float32 numbers that cannot be avoided, once each
     "patch_inverse_norm": lambda found, x, *_: 4 * (x.numel() + found.numel()),
     "normalised": lambda found, x, *_: 4 * 2 * x.numel(),
     "gelu_": lambda found, x: 4 * 2 * x.numel(),
-    "inverse_lengths": lambda found, weight, *_: 4 * weight.numel(),
-    "normalise_and_respond_": lambda found, product, *_, keeps=False, **__: 4 * product.numel() * (3 if keeps else 2),
-    "respond_backward": lambda found, gradient, saved, *_: 4 * gradient.numel() * (2 if saved is None else 3),
-    "subtract_along_": lambda found, by_x, *_: 4 * 3 * by_x.numel(),
-    "subtract_own_": lambda found, by, *_: 4 * 3 * by.numel(),
-    "subtract_along_filters_": lambda found, by, *_: 4 * 3 * by.numel(),
+    "normalise_and_respond_": lambda found, product, *_, **__: 4 * product.numel() * 2,
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a layer's tensors, in numbers: of one image, and of the weight."""
+
+    x: int
+    out: int
+    weight: int
+
+    @classmethod
+    def of(cls, way: cpu_training.Way) -> Sizes:
+        window, filters = way.layer.window, way.filters
+        taken = window.channels // window.groups * window.window[0] * window.window[1]
+        x = window.channels * window.height * window.width
+        return cls(x, filters * way.layer.response.positions, filters * taken)
+
+
+FEWEST_OF_CALLS: dict[str, Callable[..., int]] = {  # the same, of layers that are not folded
+    "before_product": lambda way, places: 4 * (way.layer.window.images * Sizes.of(way).x + Sizes.of(way).weight),
+    "after_product": lambda way, places: 4 * way.layer.window.images * Sizes.of(way).out * (3 if places.kept else 2),
+    "before_gradients": lambda way, places, first, count: 4 * count * Sizes.of(way).out * (3 if places.saved else 2),
+    "after_gradients": lambda way, places, first, count: 4 * 3 * count * Sizes.of(way).x,
+    "finish_gradients": lambda way, places: 4 * 3 * Sizes.of(way).weight if places.by_weight else 0,
 }
 
 
@@ -55,8 +76,8 @@ def timed_kernels() -> Iterator[dict[str, Sum]]:
     """Every kernel called within is timed; the clock's own two calls are in it, and folded layers go their long way."""
     sums: dict[str, Sum] = defaultdict(Sum)
 
-    def timed(name: str) -> Callable[..., Any]:
-        kernel = getattr(cpu_kernels, name)
+    def timed(module: ModuleType, name: str) -> Callable[..., Any]:
+        kernel = getattr(module, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
@@ -64,14 +85,16 @@ def timed_kernels() -> Iterator[dict[str, Sum]]:
             entry = sums[name]
             entry.seconds += time.process_time() - start
             entry.calls += 1
-            entry.bytes += FEWEST_BYTES[name](found, *args, **kwargs)
+            of_folded = FEWEST_BYTES.get(name)
+            entry.bytes += of_folded(found, *args, **kwargs) if of_folded else FEWEST_OF_CALLS[name](*args, **kwargs)
             return found
 
         return run
 
-    timed_ones = {name: timed(name) for name in FEWEST_BYTES}
+    kernels = {name: timed(cpu_kernels, name) for name in FEWEST_BYTES}
+    calls = {name: timed(cpu_training, name) for name in FEWEST_OF_CALLS}
     long_way = mock.patch.multiple(QuickCalls, way_for=lambda *_: None, remember=lambda *_, **__: None)
-    with mock.patch.multiple(cpu_kernels, **timed_ones), long_way:
+    with mock.patch.multiple(cpu_kernels, **kernels), mock.patch.multiple(cpu_training, **calls), long_way:
         yield sums
 
 

@@ -29,6 +29,8 @@ def like(gradient: Tensor | None, leaf: Tensor | None, is_needed: bool) -> Tenso
     """The gradient in the shape and type of what it is the gradient by; one number for all filters takes their sum."""
     if gradient is None or leaf is None or not is_needed:
         return None
+    if gradient.shape == leaf.shape and gradient.dtype == leaf.dtype:
+        return gradient
     total = gradient.sum() if leaf.numel() == 1 else gradient
     return total.reshape(leaf.shape).to(leaf.dtype)
 
@@ -59,7 +61,7 @@ def filters_for(
 
 
 def multiply(
-    x: Tensor, filters: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    x: Tensor, filters: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     if filters.dim() == 2:
         return F.linear(x, filters)
@@ -70,9 +72,9 @@ def multiply_backward(
     gradient: Tensor,
     x: Tensor,
     filters: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     needs_x: bool,
     needs_filters: bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ from spherify.errors import OptionError
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     DEFAULT_EPS,
+    flat,
+    padded,
     padding_at_both_ends,
     per_axis,
 )
@@ -57,8 +60,7 @@ def plain_conv(
     if padding_mode != "zeros":
         axes = (per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation"))
         pads = padding_at_both_ends(padding, weight.shape[2:], *axes)
-        x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
-        padding = 0
+        x, _, padding = padded(x, pads, padding, padding_mode)
     return CONVOLUTIONS[dims](x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -103,16 +105,29 @@ def fused_conv(
     window: dict,
     compute: torch.dtype,
 ) -> Tensor:
-    dims = weight.dim() - 2
-    stride, dilation = (list(per_axis(window[name], dims, name)) for name in ("stride", "dilation"))
-    pads = padding_at_both_ends(window["padding"], weight.shape[2:], stride, dilation)
-    mode = window["padding_mode"]
+    numbers = tuple(window[name] for name in ("stride", "padding", "dilation"))
+    if any(type(number) is list for number in numbers):
+        numbers = tuple(tuple(number) if isinstance(number, list) else number for number in numbers)
+    border, axes = geometry(weight.shape[2:], *numbers, window["padding_mode"])
+    if border is not None:
+        mode = window["padding_mode"]
+        x = F.pad(x, border, mode="constant" if mode == "zeros" else mode)
+    return fused(x, weight, bias, operator, k, eps, gain, axes, window["groups"], compute)
+
+
+Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry(
+    sizes: Sequence[int], stride: Size, padding: str | Size, dilation: Size, mode: str
+) -> tuple[list[int] | None, Axes]:
+    """The border to be put around the input first, if any, as for ``F.pad``; and stride, padding, dilation by axis."""
+    steps, gaps = per_axis(stride, len(sizes), "stride"), per_axis(dilation, len(sizes), "dilation")
+    pads = padding_at_both_ends(padding, sizes, steps, gaps)
     if any(before != after for before, after in pads) or (mode != "zeros" and any(map(any, pads))):
-        flat = [number for pair in reversed(pads) for number in pair]
-        x = F.pad(x, flat, mode="constant" if mode == "zeros" else mode)
-        pads = [(0, 0)] * dims
-    padding = [before for before, _ in pads]
-    return fused(x, weight, bias, operator, k, eps, gain, (stride, padding, dilation), window["groups"], compute)
+        return flat(pads), (steps, (0,) * len(sizes), gaps)
+    return None, (steps, tuple(before for before, _ in pads), gaps)
 
 
 def fused(
@@ -123,7 +138,7 @@ def fused(
     k: float | Tensor | None,
     eps: float,
     gain: Tensor | None,
-    window: tuple[list[int], list[int], list[int]],
+    axes: Axes,
     groups: int,
     compute: torch.dtype,
 ) -> Tensor:
@@ -132,7 +147,7 @@ def fused(
         if isinstance(value, Tensor):
             per_filter(value, weight.shape[0], 0, name)
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
-    arguments = (x, weight, bias, gain, soft, *window, groups, operator, number, eps, compute)
+    arguments = (x, weight, bias, gain, soft, *axes, groups, operator, number, eps, compute)
     return SphereProduct.apply(*arguments) if torch.is_grad_enabled() else sphere_product_forward(*arguments)
 
 
@@ -256,6 +271,6 @@ def sphere_linear(
         return F.linear(x, weight, bias)
     if takes(x, weight, bias, k, gain) and (compute := common_type(x, weight)) is not None:
         rows = x.reshape(-1, x.shape[-1])
-        out = fused(rows, weight, bias, operator, k, eps, gain, ([], [], []), 1, compute)
+        out = fused(rows, weight, bias, operator, k, eps, gain, ((), (), ()), 1, compute)
         return out.view(*x.shape[:-1], weight.shape[0])
     return plain_sphere(x, weight, bias, operator, k, eps, gain, {})

@@ -11,23 +11,8 @@ from torch.nn.utils import parametrize
 
 from spherify.errors import ModelError, OptionError
 from spherify.functional.cosine import DEFAULT_EPS
-from spherify.functional.responses import K_MAX, K_MIN, K_SHARED, KShared, checked_k, response_named
-
-LOG_K_MIN, LOG_K_MAX = math.log(K_MIN), math.log(K_MAX)
-
-
-def k_to_logit(k: float) -> float:
-    """The parameter whose ``k_from_logit`` is k."""
-    share = (math.log(k) - LOG_K_MIN) / (LOG_K_MAX - LOG_K_MIN)
-    share = min(max(share, 1e-6), 1 - 1e-6)  # the ends of the range lie at infinity
-    return math.log(share / (1 - share))
-
-
-def k_from_logit(logit: Tensor) -> Tensor:
-    """k in [1e-3, 1e3] for every finite logit, so that no optimiser step can take it out of its range."""
-    share = torch.sigmoid(logit.to(torch.promote_types(logit.dtype, torch.float32)))
-    k = torch.exp(LOG_K_MIN + (LOG_K_MAX - LOG_K_MIN) * share)
-    return k.clamp(K_MIN, K_MAX)  # takes off what rounding adds: in float32, exp(log 1e3) is 1000.0001
+from spherify.functional.learned_k import k_from_logit, k_to_logit
+from spherify.functional.responses import K_SHARED, KShared, checked_k, response_named
 
 
 def sharing_parameters(source: nn.Module, target: type[nn.Module]) -> nn.Module:

@@ -12,8 +12,9 @@ from typing_extensions import Self
 
 from spherify.errors import ModelError
 from spherify.functional.folded import SharedNorms, folded_conv, folded_linear
+from spherify.functional.learned_k import k_from_logit
 from spherify.functional.quick import QuickCalls, ready_conv, ready_linear
-from spherify.layers.angular import AngularLayer, k_from_logit
+from spherify.layers.angular import AngularLayer
 from spherify.layers.attention import SphereMultiheadAttention
 from spherify.layers.conv import SphereConv, SphereConv1d, SphereConv2d, SphereConv3d
 from spherify.layers.linear import SphereLinear

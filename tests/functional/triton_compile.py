@@ -91,7 +91,7 @@ def main(arguments):
     layouts = ("contiguous", "channels_last") if "--all" in arguments else ("channels_last",)
     types = (torch.float32, torch.bfloat16, torch.float16) if "--all" in arguments else (torch.bfloat16,)
     JITFunction.__getitem__ = only_compile
-    eager.cpu_product.serves = lambda *given: False
+    eager.cpu_training.forward = lambda *given, **named: None
     fused.is_safe_divisor = lambda gain: False
     spilled = []
     for capability in CAPABILITIES.values() if "--all" in arguments else (90,):

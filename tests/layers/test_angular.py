@@ -8,9 +8,9 @@ from angular_samples import normal
 from torch import nn
 from torch.testing import assert_close
 
-from spherify.functional.responses import K_MAX, K_MIN, checked_k
+from spherify.functional.learned_k import k_from_logit, k_to_logit
+from spherify.functional.responses import K_MAX, K_MIN, K_SHARED, checked_k
 from spherify.layers import SphereConv1d, SphereConv2d, SphereConv3d, SphereLinear
-from spherify.layers.angular import K_SHARED, k_from_logit, k_to_logit
 
 OPERATORS = ["cosine", "linear", "sigmoid", "learnable"]
 LAYERS = {

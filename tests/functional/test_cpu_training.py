@@ -1,0 +1,149 @@
+"""Layers trained by the CPU's kernels in few calls: what is remembered for a shape must not depend on its numbers."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from angular_samples import normal
+from torch.testing import assert_close
+
+from spherify.functional import cpu_binding, cpu_training, sphere_conv2d, sphere_linear
+from spherify.layers import SphereConv2d
+
+pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason="there is no C compiler")
+OPERATORS = ["cosine", "linear", "sigmoid", "learnable"]
+
+
+def gradients(layer, x):
+    """Of a weighted sum of the outputs: by input and parameters, and the outputs."""
+    x = x.detach().clone().requires_grad_()
+    out = layer(x)
+    slope = normal(*out.shape, seed=3, dtype=x.dtype)
+    return [*torch.autograd.grad((out * slope).sum(), [x, *layer.parameters()]), out.detach()]
+
+
+def close(found, truth):
+    for one, other in zip(found, truth, strict=True):
+        assert_close(one.double(), other.double(), rtol=1e-4, atol=2e-6 * max(1.0, float(other.detach().abs().max())))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(cpu_training, "WAYS", {})
+
+
+def layer_of(operator, groups=1, gain=True, bias=True):
+    torch.manual_seed(0)
+    layer = SphereConv2d(8, 8, 3, padding=1, groups=groups, bias=bias, operator=operator, gain=gain)
+    if bias:
+        torch.nn.init.uniform_(layer.bias, -0.2, 0.2)
+    return layer
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_many_images_in_blocks_are_as_in_float64(operator, groups):
+    x = normal(24, 8, 29, 31, dtype=torch.float32)
+    layer = layer_of(operator, groups)
+    found = gradients(layer, x)
+    assert [way.blocks for way in cpu_training.WAYS.values()] == [[(first, 6) for first in range(0, 24, 6)]]
+    close(found, gradients(layer.double(), x.double()))
+
+
+def test_blocks_that_do_not_divide_the_images():
+    x = normal(23, 8, 29, 31, dtype=torch.float32)
+    layer = layer_of("learnable")
+    found = gradients(layer, x)
+    (way,) = cpu_training.WAYS.values()
+    assert way.blocks == [(0, 6), (6, 6), (12, 6), (18, 5)]
+    close(found, gradients(layer.double(), x.double()))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_same_shape_with_other_numbers_and_other_parameters(operator):
+    first, second = layer_of(operator), layer_of(operator)
+    torch.nn.init.normal_(second.weight)
+    torch.nn.init.uniform_(second.gain, -2.0, 2.0)
+    for seed, layer in enumerate((first, second, first)):
+        x = normal(2, 8, 9, 7, seed=seed, dtype=torch.float32)
+        close(gradients(layer, x), gradients(layer_as_float64(layer), x.double()))
+    assert len(cpu_training.WAYS) == 1
+
+
+def layer_as_float64(layer):
+    return copy.deepcopy(layer).double()
+
+
+def test_either_layout_of_the_same_shape():
+    layer, x = layer_of("sigmoid"), normal(2, 8, 9, 7, dtype=torch.float32)
+    planes = gradients(layer, x)
+    rows = gradients(layer, x.to(memory_format=torch.channels_last))
+    close(planes, rows)
+    assert len(cpu_training.WAYS) == 2
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_threads_of_one_process_do_not_disturb_each_other(groups):
+    layer = layer_of("learnable", groups)
+    inputs = [normal(4, 8, 17, 15, seed=seed, dtype=torch.float32) for seed in range(8)]
+    alone = [gradients(layer, x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda x: gradients(layer, x), inputs * 4))
+    for place, found in enumerate(together):
+        for one, other in zip(found, alone[place % 8], strict=True):
+            assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_images_of_many_sizes_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(cpu_training, "MOST_WAYS", 4)
+    layer = layer_of("cosine")
+    for size in range(3, 16):
+        x = normal(1, 8, size, size, dtype=torch.float32)
+        assert_close(layer(x).double(), layer_as_float64(layer)(x.double()), rtol=1e-4, atol=1e-5)
+        assert len(cpu_training.WAYS) <= 4
+
+
+def test_numbers_for_all_filters_and_lists_for_the_window():
+    x, weight = normal(2, 4, 6, 6, dtype=torch.float32), normal(5, 4, 3, 3, seed=1, dtype=torch.float32)
+    leaves = [torch.tensor(2.0, requires_grad=True), torch.tensor([0.4], requires_grad=True)]
+
+    def output(x, weight, gain, k):
+        window = dict(stride=[2, 1], padding=[1, 0], dilation=[1, 1])
+        return sphere_conv2d(x, weight, operator="learnable", gain=gain, k=k, **window)
+
+    found = torch.autograd.grad(output(x, weight, *leaves).square().sum(), leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = torch.autograd.grad(output(x.double(), weight.double(), *wide).square().sum(), wide)
+    for one, other in zip(found, truth, strict=True):
+        assert one.shape == other.shape
+        assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-30, float("nan")])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_gain_that_nothing_may_be_divided_by(operator, gain):
+    x, weight = normal(3, 6, dtype=torch.float32), normal(4, 6, seed=1, dtype=torch.float32)
+    gains = torch.tensor([1.0, gain, -2.0, 0.5])
+    k = 0.5 if operator in ("sigmoid", "learnable") else None
+
+    def slopes(dtype):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, gains)]
+        out = sphere_linear(leaves[0], leaves[1], gain=leaves[2], operator=operator, k=k)
+        return torch.autograd.grad((out * normal(3, 4, seed=2, dtype=dtype)).sum(), leaves)
+
+    for found, truth in zip(slopes(torch.float32), slopes(torch.float64), strict=True):
+        assert_close(found.double(), truth, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_another_default_type_changes_nothing():
+    layer, x = layer_of("learnable"), normal(2, 8, 5, 5, dtype=torch.float32)
+    truth = gradients(layer, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        cpu_training.WAYS.clear()
+        found = gradients(layer, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, truth, strict=True):
+        assert_close(one, other, rtol=0.0, atol=0.0)
