@@ -13,7 +13,7 @@ NUMBERS = torch.tensor([-200.0, -30.0, -3.0, -1e-3, 0.0, 0.7, 9.0, 200.0])
 
 def slopes(function, logit, dtype=torch.float32):
     """The first and the second derivative of sum(k^2)."""
-    logit = logit.to(dtype).requires_grad_()
+    logit = logit.to(dtype, copy=True).requires_grad_()
     (first,) = torch.autograd.grad(function(logit).square().sum(), logit, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), logit)
     return first.detach(), second
@@ -29,7 +29,7 @@ def test_it_is_what_the_operations_compute_in_float64():
 def test_its_gradient_and_the_gradient_of_that():
     truth = slopes(k_by_operations, NUMBERS, torch.float64)
     for found, exact in zip(slopes(k_from_logit, NUMBERS), truth, strict=True):
-        assert_close(found.double(), exact, rtol=5e-3, atol=1e-8)  # 1 - share has few digits
+        assert_close(found.double(), exact, rtol=2e-3, atol=1e-8)  # 1 - share has few digits
     logit = NUMBERS.clone().requires_grad_()
     k_from_logit(logit).square().sum().backward()
     assert_close(logit.grad.double(), truth[0], rtol=1e-5, atol=1e-8)
