@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from spherify.errors import OptionError
-from spherify.functional.cosine import box_sum, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.cosine import box_sum, flat, padding_at_both_ends, patch_energy, per_axis
 from spherify.functional.plain import per_filter
 from spherify.functional.responses import RESPONSES
 from spherify.functional.sphere import plain_conv
@@ -158,7 +158,7 @@ def patch_lengths(layer: SphereConv, x: Tensor, padding: Any) -> Tensor:
     dims = layer.weight.dim() - 2
     window = layer.weight.shape[2:]
     stride, dilation = per_axis(layer.stride, dims, "stride"), per_axis(layer.dilation, dims, "dilation")
-    pads = [number for pair in reversed(padding_at_both_ends(padding, window, stride, dilation)) for number in pair]
+    pads = flat(padding_at_both_ends(padding, window, stride, dilation))
     if any(pads):
         x = F.pad(x, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     energy = box_sum(patch_energy(x, layer.groups), window, stride, dilation)

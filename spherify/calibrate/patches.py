@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherify.functional.cosine import padding_at_both_ends, per_axis
+from spherify.functional.cosine import flat, padding_at_both_ends, per_axis
 from spherify.graph.flow import CONV_FUNCTIONS
 
 CONV_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -77,7 +77,7 @@ def patch_rows(call: Call, positions: Tensor) -> Tensor:
     stride, dilation = per_axis(call.stride, dims, "stride"), per_axis(call.dilation, dims, "dilation")
     pads = padding_at_both_ends(call.padding, window, stride, dilation)
     if any(number for pair in pads for number in pair):
-        x = F.pad(x, [number for pair in reversed(pads) for number in pair])
+        x = F.pad(x, flat(pads))
     sizes = tuple(x.shape[2:])
     maps = [
         (size - gap * (length - 1) - 1) // step + 1
@@ -110,7 +110,7 @@ def patch_maps(call: Call) -> Tensor | None:
     window = tuple(call.weight.shape[2:])
     stride, dilation = per_axis(call.stride, 2, "stride"), per_axis(call.dilation, 2, "dilation")
     pads = padding_at_both_ends(call.padding, window, stride, dilation)
-    x = F.pad(call.input, [number for pair in reversed(pads) for number in pair])
+    x = F.pad(call.input, flat(pads))
     maps = F.unfold(x, window, dilation=dilation, stride=stride)
     return maps.unflatten(1, (call.groups, -1)).mT
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.blocks import blocks, energy_of, grouped
-from spherify.functional.cosine import CONVOLUTIONS, box_sum, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.cosine import CONVOLUTIONS, box_sum, flat, padded, padding_at_both_ends, patch_energy, per_axis
 from spherify.functional.curves import curve_of
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
@@ -70,7 +70,7 @@ def inverse_norms(
             return patch_inverse_norm(x, window, list(stride), padding, list(dilation), groups, eps).mul_(power)
         found = energy() if store is None else store.get(x, groups, energy)
         if any(map(any, pads)):
-            found = F.pad(found, [number for pair in reversed(pads) for number in pair])
+            found = F.pad(found, flat(pads))
         return torch.rsqrt(box_sum(found, window, stride, dilation) + eps) * power
 
     if store is None:
@@ -174,9 +174,7 @@ def folded_conv(
     window = weight.shape[2:]
     stride, dilation = per_axis(stride, dims, "stride"), per_axis(dilation, dims, "dilation")
     pads = padding_at_both_ends(padding, window, stride, dilation)
-    if padding_mode != "zeros" and any(map(any, pads)):
-        x = F.pad(x, [number for pair in reversed(pads) for number in pair], mode=padding_mode)
-        pads, padding = [(0, 0)] * dims, 0
+    x, pads, padding = padded(x, pads, padding, padding_mode)
     numbers = (tuple(stride), tuple(before for before, _ in pads), tuple(dilation), groups)
     by_kernels = all(before == after for before, after in pads) and served(x, groups)
     if by_kernels and normalises_input(operator, activation, weight.shape[1], weight.shape[0], window, numbers):

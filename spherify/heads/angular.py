@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spherify.errors import OptionError
-from spherify.functional.cosine import CONVOLUTIONS, DEFAULT_EPS, box_sum, padding_at_both_ends, patch_energy
+from spherify.functional.cosine import (
+    CONVOLUTIONS,
+    DEFAULT_EPS,
+    box_sum,
+    flat,
+    padded,
+    padding_at_both_ends,
+    patch_energy,
+)
 from spherify.functional.precision import widened, without_autocast
 from spherify.functional.responses import RESPONSES
 from spherify.heads.kinds import HeadSettings, settings_for
@@ -135,15 +143,11 @@ class AngularConv(AngularHead, _ConvNd):
         dims = self.weight.dim() - 2
         is_unbatched = x.dim() == dims + 1
         x = x[None] if is_unbatched else x
-        padding = self.padding
-        pads = padding_at_both_ends(padding, self.kernel_size, self.stride, self.dilation)
-        flat_pads = [number for pair in reversed(pads) for number in pair]
-        if self.padding_mode != "zeros" and any(flat_pads):
-            x = F.pad(x, flat_pads, mode=self.padding_mode)
-            flat_pads, padding = [0] * (2 * dims), 0  # type: ignore[assignment]
+        pads = padding_at_both_ends(self.padding, self.kernel_size, self.stride, self.dilation)
+        x, pads, padding = padded(x, pads, self.padding, self.padding_mode)
         product = CONVOLUTIONS[dims](x, self.unit_weight(), None, self.stride, padding, self.dilation, 1)
         energy = patch_energy(x, 1)
-        energy = F.pad(energy, flat_pads) if any(flat_pads) else energy
+        energy = F.pad(energy, flat(pads)) if any(map(any, pads)) else energy
         norm = torch.sqrt(box_sum(energy, self.kernel_size, self.stride, self.dilation) + self.settings.eps)
         return (product[0], norm[0]) if is_unbatched else (product, norm)
 
