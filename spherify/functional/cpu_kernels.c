@@ -266,56 +266,112 @@ typedef struct {
 
 typedef struct { float total, with_answer, for_k, along; } Sums;
 
-/* One filter over some positions. */
+/* One filter over some positions: `along` takes what is along each patch. `wide` numbers are computed, of which the first
+   `count` are its own: what is written of the others is written again by the next filter's turn. */
 INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
-                         float *restrict along, long count, const Elementwise *e, long o, const int operator) {
+                         float *restrict along, float *restrict spread, long count, long wide, const Elementwise *e, long o,
+                         const int operator, const int shares) {
     float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
     float offset = at(e->offset, o, 0.0f), unscale = at(e->unscale, o, 1.0f), guard = e->guard, step = e->step;
     float factor = at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f);
     float before = operator == COSINE ? 1.0f : gain;
-    float total = 0.0f, with_answer = 0.0f, for_k = 0.0f, along_filter = 0.0f;
-#pragma omp simd reduction(+ : total, with_answer, for_k, along_filter)
-    for (long s = 0; s < count; s++) {
-        float d = gradient[s], answer = (saved[s] - offset) * unscale;
-        Slope at_s = slope_at(answer, d * before, operator, guard, step, steep, end);
-        float a = at_s.cosine * at_s.slope;
-        total += d;
-        if (operator != COSINE) with_answer += d * answer;
-        if (operator == SIGMOID) for_k += at_s.rise * at_s.angle;
-        along_filter += a;
-        along[s] += a;
-        product[s] = at_s.slope * factor * inverse[s];
+    float with_answer[STRIP], for_k[STRIP];
+    Sums found = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (long first = 0; first < count; first += STRIP) {
+        long some = wide - first < STRIP ? wide - first : STRIP, own = count - first < STRIP ? count - first : STRIP;
+        const float *by = gradient + first, *held = saved + first, *norms = inverse + first;
+        float *restrict to = product + first, *restrict a = along + first;
+#pragma omp simd
+        for (long s = 0; s < some; s++) {
+            float d = by[s], answer = (held[s] - offset) * unscale;
+            Slope at_s = slope_at(answer, d * before, operator, guard, step, steep, end);
+            if (operator != COSINE) with_answer[s] = d * answer;
+            if (operator == SIGMOID) for_k[s] = at_s.rise * at_s.angle;
+            a[s] = at_s.cosine * at_s.slope;
+            if (shares) spread[first + s] += a[s];
+            to[s] = at_s.slope * factor * norms[s];
+        }
+        found.total += sum_of(by, own);
+        if (operator != COSINE) found.with_answer += sum_of(with_answer, own);
+        if (operator == SIGMOID) found.for_k += sum_of(for_k, own);
+        found.along += sum_of(a, own);
     }
-    return (Sums){total, with_answer, for_k, along_filter};
+    return found;
+}
+
+#ifdef __AVX512F__
+/* backward_run for the cosine, whose few operations are soon done: the sums stay in registers, and no number is computed
+   by itself. `along` has room for whole vectors where it is shared. */
+INLINE Sums backward_cosines(const float *gradient, const float *saved, const float *inverse, float *product,
+                             float *along, long count, const Elementwise *e, long o, const int shares) {
+    __m512 offset = _mm512_set1_ps(at(e->offset, o, 0.0f)), unscale = _mm512_set1_ps(at(e->unscale, o, 1.0f));
+    __m512 factor = _mm512_set1_ps(at(e->length, o, 1.0f) * at(e->gain, o, 1.0f));
+    __m512 total = _mm512_setzero_ps(), along_filter = _mm512_setzero_ps();
+    for (long s = 0; s < count; s += 16) {
+        __mmask16 taken = first_of(count - s);
+        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + s);
+        __m512 answer = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(taken, saved + s), offset), unscale);
+        __m512 a = _mm512_mul_ps(d, answer);
+        __m512 by = _mm512_mul_ps(_mm512_mul_ps(d, factor), _mm512_maskz_loadu_ps(taken, inverse + s));
+        total = _mm512_add_ps(total, d);
+        along_filter = _mm512_add_ps(along_filter, a);
+        if (shares) _mm512_store_ps(along + s, _mm512_add_ps(_mm512_load_ps(along + s), a));
+        else _mm512_mask_storeu_ps(along + s, taken, a);
+        _mm512_mask_storeu_ps(product + s, taken, by);
+    }
+    return (Sums){_mm512_reduce_add_ps(total), 0.0f, 0.0f, _mm512_reduce_add_ps(along_filter)};
+}
+#endif
+
+/* Some maps one behind the other, the first of filter `o`; of one group, whose norms they share, or each with its own. */
+INLINE void backward_maps(const Backward *b, double *sums, const Elementwise *e, long place, long o, long maps, long count,
+                          const float *inverse, float *to, const int operator, const int shares) {
+    long all = e->filters, wide = e->positions < TILE ? (count + 15) / 16 * 16 : count;
+    float norms[TILE], here[TILE], spread[TILE] __attribute__((aligned(64)));
+    for (long s = 0; s < (count + 15) / 16 * 16 && shares; s++) norms[s] = s < count ? inverse[s] : 0.0f, spread[s] = 0.0f;
+    for (long m = 0; m < maps; m++, o = o + 1 == all ? 0 : o + 1) {
+        long s = place + m * e->positions, taken = m + 1 < maps ? wide : count;
+        float *along = shares ? here : to + m * count;
+#ifdef __AVX512F__
+        if (operator == COSINE) {
+            Sums found = backward_cosines(b->gradient + s, b->saved + s, inverse + (shares ? 0 : m * count), b->product + s,
+                                          shares ? spread : along, count, e, o, shares);
+            sums[o] += found.total;
+            sums[3 * all + o] += found.along;
+            continue;
+        }
+#endif
+        Sums found = backward_run(b->gradient + s, b->saved + s, shares ? norms : inverse + m * count, b->product + s,
+                                  along, spread, count, taken, e, o, operator, shares);
+        sums[o] += found.total;
+        if (operator != COSINE) sums[all + o] += found.with_answer;
+        if (operator == SIGMOID) sums[2 * all + o] += found.for_k;
+        sums[3 * all + o] += found.along;
+    }
+    if (shares) memcpy(to, spread, count * sizeof(float));
 }
 
 static void backward_planes(const Backward *b, double *totals, const Elementwise *e) {
-    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
-    long tasks = e->images * e->groups * tiles, all = e->filters;
+    int shares = e->groups != e->filters;
+    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE, norms = e->images * e->groups;
+    long together = shares || tiles > 1 ? 1 : TILE / e->positions, tasks = (norms + together - 1) / together * tiles;
 #pragma omp parallel num_threads(e->threads) if (e->threads > 1)
     {
-        double *sums = totals + omp_get_thread_num() * 4 * all;
+        double *sums = totals + omp_get_thread_num() * 4 * e->filters;
 #pragma omp for schedule(static)
         for (long task = 0; task < tasks; task++) {
-            long outer = task / tiles, first = (task % tiles) * TILE, g = outer % e->groups;
+            long outer = task / tiles * together, first = (task % tiles) * TILE;
             long count = e->positions - first < TILE ? e->positions - first : TILE;
+            long maps = shares ? filters : norms - outer < together ? norms - outer : together;
+            long place = outer * filters * e->positions + first, o = outer * filters % e->filters;
             const float *inverse = e->inverse + outer * e->positions + first;
             float *along = b->along + outer * e->positions + first;
-            memset(along, 0, count * sizeof(float));
-            for (long f = 0; f < filters; f++) {
-                long o = g * filters + f, place = (outer * filters + f) * e->positions + first;
-                const float *gradient = b->gradient + place, *saved = b->saved + place;
-                float *product = b->product + place;
-                Sums found = e->operator == COSINE
-                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, COSINE)
-                             : e->operator == LINEAR
-                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, LINEAR)
-                                 : backward_run(gradient, saved, inverse, product, along, count, e, o, SIGMOID);
-                sums[o] += found.total;
-                sums[all + o] += found.with_answer;
-                sums[2 * all + o] += found.for_k;
-                sums[3 * all + o] += found.along;
-            }
+            if (e->operator == COSINE && shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, COSINE, 1);
+            else if (e->operator == COSINE) backward_maps(b, sums, e, place, o, maps, count, inverse, along, COSINE, 0);
+            else if (e->operator == LINEAR && shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, LINEAR, 1);
+            else if (e->operator == LINEAR) backward_maps(b, sums, e, place, o, maps, count, inverse, along, LINEAR, 0);
+            else if (shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, SIGMOID, 1);
+            else backward_maps(b, sums, e, place, o, maps, count, inverse, along, SIGMOID, 0);
         }
     }
 }

@@ -20,6 +20,24 @@ INLINE __m512 inverse_root(__m512 e, float scale) {
 }
 #endif
 
+/* Written out, since the compiler adds the lanes of a sum one by one: it must not change an order. */
+INLINE float sum_of(const float *x, long count) {
+#ifdef __AVX512F__
+    __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
+    for (; count > 16; count -= 32, x += 32) {
+        sum = _mm512_add_ps(sum, _mm512_loadu_ps(x));
+        other = _mm512_add_ps(other, _mm512_maskz_loadu_ps(first_of(count - 16), x + 16));
+    }
+    if (count > 0) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_of(count), x));
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
+#else
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (long s = 0; s < count; s++) sum += x[s];
+    return sum;
+#endif
+}
+
 /* out[s] = scale / sqrt(energy[s] + eps). */
 INLINE void inverse_roots(const float *energy, float *out, long count, float eps, float scale) {
 #ifdef __AVX512F__
