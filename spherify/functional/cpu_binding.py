@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        names = ("functions", "norms", "planes", "curves", "folded", "depthwise")
+        names = ("functions", "vectors", "norms", "planes", "curves", "folded", "depthwise")
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:

@@ -6,6 +6,7 @@
    -ffast-math, so that a NaN stays one. Sums over many numbers end in double. One loop is written for AVX-512 besides. */
 
 #include "cpu_functions.h"
+#include "cpu_vectors.h"
 #include "cpu_norms.h"
 
 INLINE float at(const float *values, long o, float otherwise) { return values ? values[o] : otherwise; }
@@ -266,87 +267,75 @@ typedef struct {
 
 typedef struct { float total, with_answer, for_k, along; } Sums;
 
-/* One filter over some positions: `along` takes what is along each patch. `wide` numbers are computed, of which the first
-   `count` are its own: what is written of the others is written again by the next filter's turn. */
+#ifdef __AVX512F__
+/* One filter over some positions: `along` takes what is along each patch; shared, it is added to, and has room for whole
+   vectors. */
 INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
-                         float *restrict along, float *restrict spread, long count, long wide, const Elementwise *e, long o,
-                         const int operator, const int shares) {
+                         float *restrict along, long count, const Elementwise *e, long o, const int operator,
+                         const int shares) {
+    float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
+    __m512 offset = lanes(at(e->offset, o, 0.0f)), unscale = lanes(at(e->unscale, o, 1.0f));
+    __m512 factor = lanes(at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f)), before = lanes(gain);
+    __m512 ends = lanes(end), flat = lanes(1.0f / steep), slope = lanes(steep / end), zero = _mm512_setzero_ps();
+    __m512 total = zero, with_answer = zero, for_k = zero, along_filter = zero;
+    for (long s = 0; s < count; s += 16) {
+        __mmask16 taken = first_of(count - s);
+        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + s), held = _mm512_mask_loadu_ps(offset, taken, saved + s);
+        __m512 answer = _mm512_mul_ps(_mm512_sub_ps(held, offset), unscale);
+        __m512 by = operator == COSINE ? d : _mm512_mul_ps(d, before);
+        Slopes found = slopes_at(answer, by, operator, e->guard, e->step, ends, flat, slope);
+        __m512 a = _mm512_mul_ps(found.cosine, found.slope);
+        total = _mm512_add_ps(total, d);
+        if (operator != COSINE) with_answer = _mm512_fmadd_ps(d, answer, with_answer);
+        if (operator == SIGMOID) for_k = _mm512_fmadd_ps(found.rise, found.angle, for_k);
+        along_filter = _mm512_add_ps(along_filter, a);
+        if (shares) _mm512_store_ps(along + s, _mm512_add_ps(_mm512_load_ps(along + s), a));
+        else _mm512_mask_storeu_ps(along + s, taken, a);
+        __m512 to = _mm512_mul_ps(_mm512_mul_ps(found.slope, factor), _mm512_maskz_loadu_ps(taken, inverse + s));
+        _mm512_mask_storeu_ps(product + s, taken, to);
+    }
+    return (Sums){_mm512_reduce_add_ps(total), _mm512_reduce_add_ps(with_answer), _mm512_reduce_add_ps(for_k),
+                  _mm512_reduce_add_ps(along_filter)};
+}
+#else
+/* One filter over some positions: `along` takes what is along each patch; shared, it is added to. */
+INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, long count, const Elementwise *e, long o, const int operator,
+                         const int shares) {
     float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
     float offset = at(e->offset, o, 0.0f), unscale = at(e->unscale, o, 1.0f), guard = e->guard, step = e->step;
     float factor = at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f);
     float before = operator == COSINE ? 1.0f : gain;
-    float with_answer[STRIP], for_k[STRIP];
-    Sums found = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (long first = 0; first < count; first += STRIP) {
-        long some = wide - first < STRIP ? wide - first : STRIP, own = count - first < STRIP ? count - first : STRIP;
-        const float *by = gradient + first, *held = saved + first, *norms = inverse + first;
-        float *restrict to = product + first, *restrict a = along + first;
-#pragma omp simd
-        for (long s = 0; s < some; s++) {
-            float d = by[s], answer = (held[s] - offset) * unscale;
-            Slope at_s = slope_at(answer, d * before, operator, guard, step, steep, end);
-            if (operator != COSINE) with_answer[s] = d * answer;
-            if (operator == SIGMOID) for_k[s] = at_s.rise * at_s.angle;
-            a[s] = at_s.cosine * at_s.slope;
-            if (shares) spread[first + s] += a[s];
-            to[s] = at_s.slope * factor * norms[s];
-        }
-        found.total += sum_of(by, own);
-        if (operator != COSINE) found.with_answer += sum_of(with_answer, own);
-        if (operator == SIGMOID) found.for_k += sum_of(for_k, own);
-        found.along += sum_of(a, own);
+    float total = 0.0f, with_answer = 0.0f, for_k = 0.0f, along_filter = 0.0f;
+#pragma omp simd reduction(+ : total, with_answer, for_k, along_filter)
+    for (long s = 0; s < count; s++) {
+        float d = gradient[s], answer = (saved[s] - offset) * unscale;
+        Slope at_s = slope_at(answer, d * before, operator, guard, step, steep, end);
+        float a = at_s.cosine * at_s.slope;
+        total += d;
+        if (operator != COSINE) with_answer += d * answer;
+        if (operator == SIGMOID) for_k += at_s.rise * at_s.angle;
+        along_filter += a;
+        along[s] = shares ? along[s] + a : a;
+        product[s] = at_s.slope * factor * inverse[s];
     }
-    return found;
-}
-
-#ifdef __AVX512F__
-/* backward_run for the cosine, whose few operations are soon done: the sums stay in registers, and no number is computed
-   by itself. `along` has room for whole vectors where it is shared. */
-INLINE Sums backward_cosines(const float *gradient, const float *saved, const float *inverse, float *product,
-                             float *along, long count, const Elementwise *e, long o, const int shares) {
-    __m512 offset = _mm512_set1_ps(at(e->offset, o, 0.0f)), unscale = _mm512_set1_ps(at(e->unscale, o, 1.0f));
-    __m512 factor = _mm512_set1_ps(at(e->length, o, 1.0f) * at(e->gain, o, 1.0f));
-    __m512 total = _mm512_setzero_ps(), along_filter = _mm512_setzero_ps();
-    for (long s = 0; s < count; s += 16) {
-        __mmask16 taken = first_of(count - s);
-        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + s);
-        __m512 answer = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(taken, saved + s), offset), unscale);
-        __m512 a = _mm512_mul_ps(d, answer);
-        __m512 by = _mm512_mul_ps(_mm512_mul_ps(d, factor), _mm512_maskz_loadu_ps(taken, inverse + s));
-        total = _mm512_add_ps(total, d);
-        along_filter = _mm512_add_ps(along_filter, a);
-        if (shares) _mm512_store_ps(along + s, _mm512_add_ps(_mm512_load_ps(along + s), a));
-        else _mm512_mask_storeu_ps(along + s, taken, a);
-        _mm512_mask_storeu_ps(product + s, taken, by);
-    }
-    return (Sums){_mm512_reduce_add_ps(total), 0.0f, 0.0f, _mm512_reduce_add_ps(along_filter)};
+    return (Sums){total, with_answer, for_k, along_filter};
 }
 #endif
 
-/* Some maps one behind the other, the first of filter `o`; of one group, whose norms they share, or each with its own. */
+/* Some maps one behind the other, the first of filter `o`: of one group, whose norms they share, or each with its own. */
 INLINE void backward_maps(const Backward *b, double *sums, const Elementwise *e, long place, long o, long maps, long count,
                           const float *inverse, float *to, const int operator, const int shares) {
-    long all = e->filters, wide = e->positions < TILE ? (count + 15) / 16 * 16 : count;
-    float norms[TILE], here[TILE], spread[TILE] __attribute__((aligned(64)));
-    for (long s = 0; s < (count + 15) / 16 * 16 && shares; s++) norms[s] = s < count ? inverse[s] : 0.0f, spread[s] = 0.0f;
-    for (long m = 0; m < maps; m++, o = o + 1 == all ? 0 : o + 1) {
-        long s = place + m * e->positions, taken = m + 1 < maps ? wide : count;
-        float *along = shares ? here : to + m * count;
-#ifdef __AVX512F__
-        if (operator == COSINE) {
-            Sums found = backward_cosines(b->gradient + s, b->saved + s, inverse + (shares ? 0 : m * count), b->product + s,
-                                          shares ? spread : along, count, e, o, shares);
-            sums[o] += found.total;
-            sums[3 * all + o] += found.along;
-            continue;
-        }
-#endif
-        Sums found = backward_run(b->gradient + s, b->saved + s, shares ? norms : inverse + m * count, b->product + s,
-                                  along, spread, count, taken, e, o, operator, shares);
+    float spread[TILE] __attribute__((aligned(64)));
+    if (shares) memset(spread, 0, (count + 15) / 16 * 16 * sizeof(float));
+    for (long m = 0; m < maps; m++, o = o + 1 == e->filters ? 0 : o + 1) {
+        long s = place + m * e->positions, own = shares ? 0 : m * count;
+        Sums found = backward_run(b->gradient + s, b->saved + s, inverse + own, b->product + s, shares ? spread : to + own,
+                                  count, e, o, operator, shares);
         sums[o] += found.total;
-        if (operator != COSINE) sums[all + o] += found.with_answer;
-        if (operator == SIGMOID) sums[2 * all + o] += found.for_k;
-        sums[3 * all + o] += found.along;
+        if (operator != COSINE) sums[e->filters + o] += found.with_answer;
+        if (operator == SIGMOID) sums[2 * e->filters + o] += found.for_k;
+        sums[3 * e->filters + o] += found.along;
     }
     if (shares) memcpy(to, spread, count * sizeof(float));
 }
@@ -479,11 +468,8 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
         const float *from = x + row * size;
         double total = 0.0;
         for (long first = 0; first < size; first += 512) {
-            float part = 0.0f;
             long count = size - first < 512 ? size - first : 512;
-#pragma omp simd reduction(+ : part)
-            for (long d = 0; d < count; d++) part += to[first + d] * from[first + d];
-            total += part;
+            total += dot_of(to + first, from + first, count);
         }
         along[row] = (float)total;
         float factor = (float)total * inverse[row] * inverse[row];

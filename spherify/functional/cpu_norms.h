@@ -7,36 +7,12 @@ typedef struct {
 } Window;
 
 #ifdef __AVX512F__
-/* Of the last `count` numbers of a row those that are there: all, or fewer than a vector holds. */
-INLINE __mmask16 first_of(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
-
 /* scale / sqrt(e), 0 for an infinite e. A square root and a division take the time of a dozen other operations. */
 INLINE __m512 inverse_root(__m512 e, float scale) {
-    const __m512 half = _mm512_set1_ps(-0.5f), more = _mm512_set1_ps(1.5f);
     __mmask16 is_finite = _mm512_cmp_ps_mask(e, _mm512_set1_ps(FLT_MAX), _CMP_NGT_UQ); /* or NaN */
-    __m512 y = _mm512_rsqrt14_ps(e);
-    y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
-    return _mm512_maskz_mul_ps(is_finite, y, _mm512_set1_ps(scale));
+    return _mm512_maskz_mul_ps(is_finite, inverse_root_of(e), _mm512_set1_ps(scale));
 }
 #endif
-
-/* Written out, since the compiler adds the lanes of a sum one by one: it must not change an order. */
-INLINE float sum_of(const float *x, long count) {
-#ifdef __AVX512F__
-    __m512 sum = _mm512_setzero_ps(), other = _mm512_setzero_ps();
-    for (; count > 16; count -= 32, x += 32) {
-        sum = _mm512_add_ps(sum, _mm512_loadu_ps(x));
-        other = _mm512_add_ps(other, _mm512_maskz_loadu_ps(first_of(count - 16), x + 16));
-    }
-    if (count > 0) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(first_of(count), x));
-    return _mm512_reduce_add_ps(_mm512_add_ps(sum, other));
-#else
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (long s = 0; s < count; s++) sum += x[s];
-    return sum;
-#endif
-}
 
 /* out[s] = scale / sqrt(energy[s] + eps). */
 INLINE void inverse_roots(const float *energy, float *out, long count, float eps, float scale) {
@@ -87,11 +63,8 @@ INLINE void add_squares_of_few(const float *x, long channels, long count, float 
 INLINE float squares_of_row(const float *x, long channels) {
     double total = 0.0;
     for (long first = 0; first < channels; first += 512) {
-        float part = 0.0f;
         long count = channels - first < 512 ? channels - first : 512;
-#pragma omp simd reduction(+ : part)
-        for (long c = 0; c < count; c++) part += x[first + c] * x[first + c];
-        total += part;
+        total += dot_of(x + first, x + first, count);
     }
     return (float)total;
 }
