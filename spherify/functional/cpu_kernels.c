@@ -366,6 +366,49 @@ static void backward_planes(const Backward *b, double *totals, const Elementwise
 }
 
 /* All filters at one position; sums over positions are added to `part`, (4, O). Returns what is along the patch. */
+#ifdef __AVX512F__
+INLINE void add_to(float *to, __mmask16 taken, __m512 x) {
+    _mm512_mask_storeu_ps(to, taken, _mm512_add_ps(_mm512_maskz_loadu_ps(taken, to), x));
+}
+
+INLINE void backward_row(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, float *restrict part, const Elementwise *e, const int operator,
+                         const int has_saved, const int is_depthwise) {
+    long filters = e->filters;
+    __m512 sum = _mm512_setzero_ps(), one = lanes(1.0f), end = one, flat = one, factor = one, answer = sum;
+    __m512 norm = lanes(*inverse);
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + o), gain = _mm512_maskz_loadu_ps(taken, e->gain + o);
+        __m512 length = _mm512_maskz_loadu_ps(taken, e->length + o);
+        if (has_saved) {
+            __m512 offset = _mm512_maskz_loadu_ps(taken, e->offset + o), held = _mm512_maskz_loadu_ps(taken, saved + o);
+            answer = _mm512_mul_ps(_mm512_sub_ps(held, offset), _mm512_maskz_loadu_ps(taken, e->unscale + o));
+        }
+        if (operator == SIGMOID) {
+            __m512 steep = _mm512_mask_loadu_ps(one, taken, e->steep + o);
+            end = _mm512_mask_loadu_ps(one, taken, e->end + o);
+            flat = reciprocal_of(steep);
+            factor = _mm512_mul_ps(steep, reciprocal_of(end));
+        }
+        __m512 by = operator == COSINE ? d : _mm512_mul_ps(d, gain);
+        Slopes found = slopes_at(answer, by, operator, e->guard, e->step, end, flat, factor);
+        add_to(part + o, taken, d);
+        if (operator != COSINE) add_to(part + filters + o, taken, _mm512_mul_ps(d, answer));
+        if (operator == SIGMOID) add_to(part + 2 * filters + o, taken, _mm512_mul_ps(found.rise, found.angle));
+        if (has_saved) {
+            __m512 a = _mm512_mul_ps(found.cosine, found.slope);
+            add_to(part + 3 * filters + o, taken, a);
+            if (is_depthwise) _mm512_mask_storeu_ps(along + o, taken, a);
+            else sum = _mm512_mask_add_ps(sum, taken, sum, a);
+        }
+        if (is_depthwise) norm = _mm512_maskz_loadu_ps(taken, inverse + o);
+        __m512 to = _mm512_mul_ps(_mm512_mul_ps(found.slope, operator == COSINE ? _mm512_mul_ps(length, gain) : length), norm);
+        _mm512_mask_storeu_ps(product + o, taken, to);
+    }
+    if (has_saved && !is_depthwise) *along = _mm512_reduce_add_ps(sum);
+}
+#else
 INLINE void backward_row(const float *gradient, const float *saved, const float *inverse, float *restrict product,
                          float *restrict along, float *restrict part, const Elementwise *e, const int operator,
                          const int has_saved, const int is_depthwise) {
@@ -392,6 +435,7 @@ INLINE void backward_row(const float *gradient, const float *saved, const float 
     }
     if (has_saved && !is_depthwise) *along = sum;
 }
+#endif
 
 INLINE void backward_row_of(const float *gradient, const float *saved, const float *inverse, float *product, float *along,
                             float *part, const Elementwise *e, const int operator) {
