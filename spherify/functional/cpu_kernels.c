@@ -40,6 +40,16 @@ INLINE void respond_run(float *restrict out, float *restrict kept, long count, c
     float steep = at(e->steep, o, 1.0f), rise = at(e->rise, o, 1.0f);
     float gain = at(e->gain, o, 1.0f), bias = at(e->bias, o, 0.0f);
     float guard = e->guard, low = e->low, high = e->high;
+#ifdef __AVX512F__
+    const int by_lanes = operator == SIGMOID && !is_near;
+    for (long s = 0; s < count && by_lanes; s += 16) {
+        __mmask16 taken = first_of(count - s);
+        __m512 c = _mm512_maskz_loadu_ps(taken, out + s), r = sigmoids_of(c, guard, lanes(steep), lanes(rise));
+        if (keeps) _mm512_mask_storeu_ps(kept + s, taken, r);
+        _mm512_mask_storeu_ps(out + s, taken, finished(r, lanes(gain), lanes(bias), low, high));
+    }
+    if (by_lanes) return;
+#endif
 #pragma omp simd
     for (long s = 0; s < count; s++) {
         float r = respond(out[s], operator, guard, steep, rise, is_near);
@@ -80,6 +90,20 @@ INLINE void respond_row(float *restrict out, float *restrict kept, long count, c
                         const int operator, const int keeps, const int is_full, const int is_near) {
     float guard = e->guard, low = e->low, high = e->high;
     const float *gain = e->gain + o, *bias = e->bias + o, *steep = e->steep + o, *rise = e->rise + o;
+#ifdef __AVX512F__
+    const int by_lanes = operator == SIGMOID && !is_near;
+    const __m512 one = lanes(1.0f), zero = _mm512_setzero_ps();
+    for (long f = 0; f < count && by_lanes; f += 16) {
+        __mmask16 taken = first_of(count - f);
+        __m512 c = _mm512_maskz_loadu_ps(taken, out + f), own_rise = is_full ? _mm512_maskz_loadu_ps(taken, rise + f) : one;
+        __m512 r = sigmoids_of(c, guard, _mm512_maskz_loadu_ps(taken, steep + f), own_rise);
+        if (keeps) _mm512_mask_storeu_ps(kept + f, taken, r);
+        r = is_full ? finished(r, _mm512_maskz_loadu_ps(taken, gain + f), _mm512_maskz_loadu_ps(taken, bias + f), low, high)
+                    : finished(r, one, zero, low, high);
+        _mm512_mask_storeu_ps(out + f, taken, r);
+    }
+    if (by_lanes) return;
+#endif
 #pragma omp simd
     for (long f = 0; f < count; f++) {
         float r = respond(out[f], operator, guard, operator == SIGMOID ? steep[f] : 1.0f,

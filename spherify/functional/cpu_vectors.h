@@ -56,6 +56,48 @@ INLINE __m512 sin_lanes(__m512 x) {
     return _mm512_fmadd_ps(_mm512_mul_ps(x, z), p, x);
 }
 
+/* As asin_of. */
+INLINE __m512 asin_lanes(__m512 x) {
+    __m512 size = _mm512_abs_ps(x), half = _mm512_fnmadd_ps(size, lanes(0.5f), lanes(0.5f));
+    __mmask16 is_far = _mm512_cmp_ps_mask(size, lanes(NEAR), _CMP_GT_OQ);
+    half = _mm512_max_ps(lanes(FLT_MIN), half); /* so that the root of 0 is not NaN */
+    __m512 root = _mm512_mask_mul_ps(size, is_far, half, inverse_root_of(half)), z = _mm512_mul_ps(root, root);
+    __m512 p = plus(plus(lanes(4.2163199048e-2f), z, 2.4181311049e-2f), z, 4.5470025998e-2f);
+    p = _mm512_mul_ps(plus(plus(p, z, 7.4953002686e-2f), z, 1.6666752422e-1f), z);
+    __m512 found = _mm512_fmadd_ps(root, p, root);
+    found = _mm512_mask_fnmadd_ps(found, is_far, lanes(2.0f), lanes(HALF_PI));
+    return _mm512_or_ps(found, _mm512_and_ps(x, lanes(-0.0f)));
+}
+
+/* As tanh_near, and tanh_of where one needs it. */
+INLINE __m512 tanh_lanes(__m512 x) {
+    __m512 size = _mm512_abs_ps(x), z = _mm512_mul_ps(x, x), p = plus(lanes(1.3039542439e-3f), z, -6.8600425168e-3f);
+    p = plus(plus(plus(plus(p, z, 2.0904114399e-2f), z, -5.3721485140e-2f), z, 1.3330359892e-1f), z, -3.3333212176e-1f);
+    __m512 near = _mm512_fmadd_ps(_mm512_mul_ps(x, z), p, x);
+    __mmask16 is_far = _mm512_cmp_ps_mask(size, lanes(NEAR_TANH), _CMP_GT_OQ);
+    if (!is_far) return near;
+    __m512 y = _mm512_mul_ps(_mm512_min_ps(lanes(40.0f), size), lanes(-2.0f));
+    __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(y, lanes(1.44269504088896341f)), 8); /* to the nearest, no exception */
+    __m512 r = _mm512_fmadd_ps(whole, lanes(2.12194440e-4f), _mm512_fnmadd_ps(whole, lanes(0.693359375f), y));
+    p = plus(plus(lanes(1.9875691500e-4f), r, 1.3981999507e-3f), r, 8.3334519073e-3f);
+    p = plus(plus(plus(p, r, 4.1665795894e-2f), r, 1.6666665459e-1f), r, 5.0000001201e-1f);
+    __m512 power = _mm512_scalef_ps(lanes(1.0f), whole);
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r);
+    __m512 less = _mm512_fmadd_ps(p, power, _mm512_sub_ps(power, lanes(1.0f))); /* e^-2x - 1: below -0.8 here */
+    __m512 left = _mm512_mul_ps(_mm512_add_ps(lanes(1.0f), less), lanes(2.0f));
+    __m512 far = _mm512_fnmadd_ps(left, reciprocal_of(_mm512_add_ps(lanes(2.0f), less)), lanes(1.0f));
+    return _mm512_mask_or_ps(near, is_far, far, _mm512_and_ps(x, lanes(-0.0f)));
+}
+
+/* As respond, where some of the cosines are far from the equator. */
+INLINE __m512 sigmoids_of(__m512 cosine, float guard, __m512 steep, __m512 rise) {
+    return _mm512_mul_ps(tanh_lanes(_mm512_mul_ps(asin_lanes(within_lanes(cosine, guard)), steep)), rise);
+}
+
+INLINE __m512 finished(__m512 response, __m512 gain, __m512 bias, float low, float high) {
+    return _mm512_min_ps(lanes(high), _mm512_max_ps(lanes(low), _mm512_fmadd_ps(response, gain, bias)));
+}
+
 typedef struct { __m512 slope, cosine, rise, angle; } Slopes;
 
 /* As slope_at; `flat` is 1 / steep, and `factor` is steep / end. */
