@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        names = ("functions", "vectors", "norms", "planes", "curves", "folded", "depthwise")
+        names = ("functions", "vectors", "norms", "planes", "curves", "folded", "convolve", "depthwise")
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
@@ -92,6 +92,8 @@ def library() -> ctypes.CDLL | None:
     found.respond_to_norms.argtypes = (pointer, pointer, pointer)
     found.respond_to_norms.restype = None
     found.respond_to_patches.argtypes = (pointer, pointer, pointer)
+    found.can_convolve.argtypes = (pointer,)
+    found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.backward.argtypes = (pointer, pointer)
     found.subtract_along_filters.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
     found.subtract_along_filters.restype = None

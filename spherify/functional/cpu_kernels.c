@@ -279,6 +279,7 @@ void forward(float *product, float *kept, const Elementwise *e) {
 }
 
 #include "cpu_folded.h"
+#include "cpu_convolve.h"
 
 /* ---- backward ---- */
 

@@ -10,16 +10,16 @@ INLINE __m512 lanes(float value) { return _mm512_set1_ps(value); }
 /* value + x factor */
 INLINE __m512 plus(__m512 x, __m512 factor, float value) { return _mm512_fmadd_ps(x, factor, lanes(value)); }
 
-/* 1 / sqrt(x), by Newton's step. */
+/* 1 / sqrt(x), by Newton's step: what is added is small, so that its rounding does no harm. */
 INLINE __m512 inverse_root_of(__m512 x) {
-    __m512 y = _mm512_rsqrt14_ps(x);
-    return _mm512_mul_ps(y, plus(_mm512_mul_ps(_mm512_mul_ps(x, y), y), lanes(-0.5f), 1.5f));
+    __m512 y = _mm512_rsqrt14_ps(x), lack = _mm512_fnmadd_ps(_mm512_mul_ps(x, y), y, lanes(1.0f));
+    return _mm512_fmadd_ps(_mm512_mul_ps(y, lanes(0.5f)), lack, y);
 }
 
-/* Likewise of x itself. */
+/* Likewise 1 / x. */
 INLINE __m512 reciprocal_of(__m512 x) {
     __m512 y = _mm512_rcp14_ps(x);
-    return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, lanes(2.0f)));
+    return _mm512_fmadd_ps(y, _mm512_fnmadd_ps(x, y, lanes(1.0f)), y);
 }
 
 INLINE __m512 within_lanes(__m512 x, float guard) {
