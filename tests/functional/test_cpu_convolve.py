@@ -1,4 +1,4 @@
-"""Folded 3x3 depthwise layers by the CPU's own convolution: each size and stride against float64, and what it refuses."""
+"""Folded 3x3 depthwise layers by a convolution of our own: each size and stride against float64; what it refuses."""
 
 import pytest
 import torch
