@@ -92,7 +92,8 @@ def library() -> ctypes.CDLL | None:
     found.respond_to_norms.argtypes = (pointer, pointer, pointer)
     found.respond_to_norms.restype = None
     found.respond_to_patches.argtypes = (pointer, pointer, pointer)
-    found.can_convolve.argtypes = (pointer,)
+    found.can_convolve.argtypes = (pointer, c_long)
+    found.convolve_with_norms.argtypes = (pointer, pointer, pointer, pointer, pointer, c_float, c_float)
     found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.backward.argtypes = (pointer, pointer)
     found.subtract_along_filters.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)

@@ -2,12 +2,11 @@
    the input. As cpu_kernels.c says. */
 
 /* Whether a layer is one of these. */
-int can_convolve(const Layer *layer) {
+int can_convolve(const Window *w, long filters) {
 #ifdef __AVX512F__
-    const Window *w = &layer->window;
-    return (is_three_by_three(w, 1) || is_three_by_three(w, 2)) && layer->response.filters == w->channels;
+    return (is_three_by_three(w, 1) || is_three_by_three(w, 2)) && filters == w->channels;
 #else
-    return layer == NULL; /* no */
+    return w == NULL && filters < 0; /* no */
 #endif
 }
 
@@ -73,36 +72,53 @@ INLINE void convolve_halving(const float *x, float *out, float *inverse, const W
             put(out + s, inverse ? inverse + s : NULL, first_of(w->out_width - q), sums, f);
         }
 }
-#endif
 
-/* out = response to the patches of x. The filters (O, 1, 3, 3) have no lengths: unit filters over `scale`. */
-int convolve_and_respond(const float *x, const float *weight, float *out, const Layer *layer) {
-    int failed = !can_convolve(layer);
-#ifdef __AVX512F__
-    const Window *w = &layer->window;
-    const Elementwise *e = &layer->response;
-    int is_whole = e->operator == COSINE && !e->is_gelu, is_held = can_hold(layer);
+/* All maps: product and norms, or without norms the response `e`. */
+static int convolve_maps(const float *x, const float *weight, float *out, float *norms, const Window *w,
+                         const Elementwise *e, float eps, float scale) {
     long maps = w->images * w->channels, size = w->height * w->width, out_size = w->out_height * w->out_width;
-    float *norms = is_whole ? NULL : is_held ? held : malloc(maps * out_size * sizeof(float));
     Neighbours *has = neighbours_of((size + 15) / 16, w->height, w->width);
-    failed |= has == NULL || (norms == NULL && !is_whole);
+    if (has == NULL) return 1;
 #pragma omp parallel for schedule(static) num_threads(w->threads) if (w->threads > 1)
     for (long map = 0; map < maps; map++) {
-        if (failed) continue;
         long o = map % w->channels;
-        Filter f = {.gain = lanes(at(e->gain, o, 1.0f)), .bias = lanes(at(e->bias, o, 0.0f)), .eps = layer->eps,
-                    .scale = layer->scale, .guard = e->guard, .low = e->low, .high = e->high};
+        Filter f = {.eps = eps, .scale = scale};
+        if (norms == NULL) {
+            f.gain = lanes(at(e->gain, o, 1.0f)), f.bias = lanes(at(e->bias, o, 0.0f));
+            f.guard = e->guard, f.low = e->low, f.high = e->high;
+        }
         for (int i = 0; i < 9; i++) f.weight[i] = lanes(weight[o * 9 + i]);
         const float *from = x + map * size;
         float *to = out + map * out_size, *inverse = norms ? norms + map * out_size : NULL;
         if (w->stride[0] == 1) convolve(from, to, inverse, has, w, &f);
         else convolve_halving(from, to, inverse, w, &f);
     }
-    if (!failed && !is_whole) respond_to_norms(norms, out, layer);
-    if (!is_whole && !is_held) free(norms);
     free(has);
-#else
-    (void)x, (void)weight, (void)out;
+    return 0;
+}
 #endif
+
+/* Product and norms, scale / |patch|, where can_convolve. */
+int convolve_with_norms(const float *x, const float *weight, float *out, float *norms, const Window *w, float eps,
+                        float scale) {
+#ifdef __AVX512F__
+    return convolve_maps(x, weight, out, norms, w, NULL, eps, scale);
+#else
+    return x && weight && out && norms && w && eps + scale > 0.0f;
+#endif
+}
+
+/* out = response to the patches of x. The filters (O, 1, 3, 3) have no lengths: unit filters over `scale`. */
+int convolve_and_respond(const float *x, const float *weight, float *out, const Layer *layer) {
+    const Window *w = &layer->window;
+    const Elementwise *e = &layer->response;
+#ifdef __AVX512F__
+    if (e->operator == COSINE && !e->is_gelu) return convolve_maps(x, weight, out, NULL, w, e, layer->eps, layer->scale);
+#endif
+    int is_held = can_hold(layer);
+    float *norms = is_held ? held : malloc(w->images * e->filters * e->positions * sizeof(float));
+    int failed = norms == NULL || convolve_with_norms(x, weight, out, norms, w, layer->eps, layer->scale);
+    if (!failed) respond_to_norms(norms, out, layer);
+    if (!is_held) free(norms);
     return failed;
 }

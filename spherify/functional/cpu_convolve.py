@@ -39,14 +39,14 @@ def convolved(
     if kernels is None or groups != x.shape[1] or weight.shape != (groups, 1, 3, 3) or not is_plain(weight):
         return None
     window, sizes = cpu_kernels.described_window(x, (3, 3), *numbers)
+    if not kernels.can_convolve(ctypes.byref(window), groups):
+        return None
     out = x.new_empty(sizes)
     guard = cpu_kernels.guard_of(operator) if guard is None else guard
     response, alive = cpu_kernels.elementwise(  # the norms, which lie as the output does, are the kernel's own
         out, out, operator, values, guard=guard, low=low, high=high, curve=curve, is_gelu=is_gelu
     )
     place = ctypes.byref(cpu_binding.Layer(window, response, eps, power))
-    if not kernels.can_convolve(place):
-        return None
     cpu_kernels.checked(kernels.convolve_and_respond(x.data_ptr(), weight.data_ptr(), out.data_ptr(), place))
     del alive
     return out

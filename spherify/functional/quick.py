@@ -226,7 +226,7 @@ def ready_depthwise(layer: cpu_binding.Layer, shape: torch.Size) -> Run | None:
     kernels = cpu_binding.library()
     assert kernels is not None
     place = ctypes.byref(layer)
-    if not kernels.can_convolve(place):
+    if not kernels.can_convolve(ctypes.byref(layer.window), layer.response.filters):
         return None
     convolve = kernels.convolve_and_respond
 
