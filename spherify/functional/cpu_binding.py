@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        names = ("functions", "norms", "curves", "folded", "depthwise", "training")
+        names = ("functions", "vectors", "norms", "planes", "curves", "folded", "convolve", "rows", "depthwise", "training")
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
@@ -97,6 +97,9 @@ def library() -> ctypes.CDLL | None:
     found.subtract_along_filters.restype = None
     found.subtract_own.argtypes = (pointer, pointer, pointer, pointer, c_long, c_long, c_int)
     found.subtract_own.restype = None
+    found.can_convolve.argtypes = (pointer, c_long)
+    found.convolve_with_norms.argtypes = (pointer, pointer, pointer, pointer, pointer, c_float, c_float)
+    found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.learned_k.argtypes = (pointer, pointer, pointer, c_long, c_float, c_float)
     found.learned_k.restype = None
     return found

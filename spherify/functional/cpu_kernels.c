@@ -6,6 +6,7 @@
    -ffast-math, so that a NaN stays one. Sums over many numbers end in double. One loop is written for AVX-512 besides. */
 
 #include "cpu_functions.h"
+#include "cpu_vectors.h"
 #include "cpu_norms.h"
 
 INLINE float at(const float *values, long o, float otherwise) { return values ? values[o] : otherwise; }
@@ -39,6 +40,16 @@ INLINE void respond_run(float *restrict out, float *restrict kept, long count, c
     float steep = at(e->steep, o, 1.0f), rise = at(e->rise, o, 1.0f);
     float gain = at(e->gain, o, 1.0f), bias = at(e->bias, o, 0.0f);
     float guard = e->guard, low = e->low, high = e->high;
+#ifdef __AVX512F__
+    const int by_lanes = operator == SIGMOID && !is_near;
+    for (long s = 0; s < count && by_lanes; s += 16) {
+        __mmask16 taken = first_of(count - s);
+        __m512 c = _mm512_maskz_loadu_ps(taken, out + s), r = sigmoids_of(c, guard, lanes(steep), lanes(rise));
+        if (keeps) _mm512_mask_storeu_ps(kept + s, taken, r);
+        _mm512_mask_storeu_ps(out + s, taken, finished(r, lanes(gain), lanes(bias), low, high));
+    }
+    if (by_lanes) return;
+#endif
 #pragma omp simd
     for (long s = 0; s < count; s++) {
         float r = respond(out[s], operator, guard, steep, rise, is_near);
@@ -79,6 +90,20 @@ INLINE void respond_row(float *restrict out, float *restrict kept, long count, c
                         const int operator, const int keeps, const int is_full, const int is_near) {
     float guard = e->guard, low = e->low, high = e->high;
     const float *gain = e->gain + o, *bias = e->bias + o, *steep = e->steep + o, *rise = e->rise + o;
+#ifdef __AVX512F__
+    const int by_lanes = operator == SIGMOID && !is_near;
+    const __m512 one = lanes(1.0f), zero = _mm512_setzero_ps();
+    for (long f = 0; f < count && by_lanes; f += 16) {
+        __mmask16 taken = first_of(count - f);
+        __m512 c = _mm512_maskz_loadu_ps(taken, out + f), own_rise = is_full ? _mm512_maskz_loadu_ps(taken, rise + f) : one;
+        __m512 r = sigmoids_of(c, guard, _mm512_maskz_loadu_ps(taken, steep + f), own_rise);
+        if (keeps) _mm512_mask_storeu_ps(kept + f, taken, r);
+        r = is_full ? finished(r, _mm512_maskz_loadu_ps(taken, gain + f), _mm512_maskz_loadu_ps(taken, bias + f), low, high)
+                    : finished(r, one, zero, low, high);
+        _mm512_mask_storeu_ps(out + f, taken, r);
+    }
+    if (by_lanes) return;
+#endif
 #pragma omp simd
     for (long f = 0; f < count; f++) {
         float r = respond(out[f], operator, guard, operator == SIGMOID ? steep[f] : 1.0f,
@@ -254,6 +279,7 @@ void forward(float *product, float *kept, const Elementwise *e) {
 }
 
 #include "cpu_folded.h"
+#include "cpu_convolve.h"
 
 /* ---- backward ---- */
 
@@ -266,9 +292,41 @@ typedef struct {
 
 typedef struct { float total, with_answer, for_k, along; } Sums;
 
-/* One filter over some positions. */
+#ifdef __AVX512F__
+/* One filter over some positions: `along` takes what is along each patch; shared, it is added to, and has room for whole
+   vectors. */
 INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
-                         float *restrict along, long count, const Elementwise *e, long o, const int operator) {
+                         float *restrict along, long count, const Elementwise *e, long o, const int operator,
+                         const int shares) {
+    float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
+    __m512 offset = lanes(at(e->offset, o, 0.0f)), unscale = lanes(at(e->unscale, o, 1.0f));
+    __m512 factor = lanes(at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f)), before = lanes(gain);
+    __m512 ends = lanes(end), flat = lanes(1.0f / steep), slope = lanes(steep / end), zero = _mm512_setzero_ps();
+    __m512 total = zero, with_answer = zero, for_k = zero, along_filter = zero;
+    for (long s = 0; s < count; s += 16) {
+        __mmask16 taken = first_of(count - s);
+        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + s), held = _mm512_mask_loadu_ps(offset, taken, saved + s);
+        __m512 answer = _mm512_mul_ps(_mm512_sub_ps(held, offset), unscale);
+        __m512 by = operator == COSINE ? d : _mm512_mul_ps(d, before);
+        Slopes found = slopes_at(answer, by, operator, e->guard, e->step, ends, flat, slope);
+        __m512 a = _mm512_mul_ps(found.cosine, found.slope);
+        total = _mm512_add_ps(total, d);
+        if (operator != COSINE) with_answer = _mm512_fmadd_ps(d, answer, with_answer);
+        if (operator == SIGMOID) for_k = _mm512_fmadd_ps(found.rise, found.angle, for_k);
+        along_filter = _mm512_add_ps(along_filter, a);
+        if (shares) _mm512_store_ps(along + s, _mm512_add_ps(_mm512_load_ps(along + s), a));
+        else _mm512_mask_storeu_ps(along + s, taken, a);
+        __m512 to = _mm512_mul_ps(_mm512_mul_ps(found.slope, factor), _mm512_maskz_loadu_ps(taken, inverse + s));
+        _mm512_mask_storeu_ps(product + s, taken, to);
+    }
+    return (Sums){_mm512_reduce_add_ps(total), _mm512_reduce_add_ps(with_answer), _mm512_reduce_add_ps(for_k),
+                  _mm512_reduce_add_ps(along_filter)};
+}
+#else
+/* One filter over some positions: `along` takes what is along each patch; shared, it is added to. */
+INLINE Sums backward_run(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, long count, const Elementwise *e, long o, const int operator,
+                         const int shares) {
     float steep = at(e->steep, o, 1.0f), end = at(e->end, o, 1.0f), gain = at(e->gain, o, 1.0f);
     float offset = at(e->offset, o, 0.0f), unscale = at(e->unscale, o, 1.0f), guard = e->guard, step = e->step;
     float factor = at(e->length, o, 1.0f) * (operator == COSINE ? gain : 1.0f);
@@ -283,44 +341,99 @@ INLINE Sums backward_run(const float *gradient, const float *saved, const float 
         if (operator != COSINE) with_answer += d * answer;
         if (operator == SIGMOID) for_k += at_s.rise * at_s.angle;
         along_filter += a;
-        along[s] += a;
+        along[s] = shares ? along[s] + a : a;
         product[s] = at_s.slope * factor * inverse[s];
     }
     return (Sums){total, with_answer, for_k, along_filter};
 }
+#endif
+
+/* Some maps one behind the other, the first of filter `o`: of one group, whose norms they share, or each with its own. */
+INLINE void backward_maps(const Backward *b, double *sums, const Elementwise *e, long place, long o, long maps, long count,
+                          const float *inverse, float *to, const int operator, const int shares) {
+    float spread[TILE] __attribute__((aligned(64)));
+    if (shares) memset(spread, 0, (count + 15) / 16 * 16 * sizeof(float));
+    for (long m = 0; m < maps; m++, o = o + 1 == e->filters ? 0 : o + 1) {
+        long s = place + m * e->positions, own = shares ? 0 : m * count;
+        Sums found = backward_run(b->gradient + s, b->saved + s, inverse + own, b->product + s, shares ? spread : to + own,
+                                  count, e, o, operator, shares);
+        sums[o] += found.total;
+        if (operator != COSINE) sums[e->filters + o] += found.with_answer;
+        if (operator == SIGMOID) sums[2 * e->filters + o] += found.for_k;
+        sums[3 * e->filters + o] += found.along;
+    }
+    if (shares) memcpy(to, spread, count * sizeof(float));
+}
 
 static void backward_planes(const Backward *b, double *totals, const Elementwise *e) {
-    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
-    long tasks = e->images * e->groups * tiles, all = e->filters;
+    int shares = e->groups != e->filters;
+    long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE, norms = e->images * e->groups;
+    long together = shares || tiles > 1 ? 1 : TILE / e->positions, tasks = (norms + together - 1) / together * tiles;
 #pragma omp parallel num_threads(e->threads) if (e->threads > 1)
     {
-        double *sums = totals + omp_get_thread_num() * 4 * all;
+        double *sums = totals + omp_get_thread_num() * 4 * e->filters;
 #pragma omp for schedule(static)
         for (long task = 0; task < tasks; task++) {
-            long outer = task / tiles, first = (task % tiles) * TILE, g = outer % e->groups;
+            long outer = task / tiles * together, first = (task % tiles) * TILE;
             long count = e->positions - first < TILE ? e->positions - first : TILE;
+            long maps = shares ? filters : norms - outer < together ? norms - outer : together;
+            long place = outer * filters * e->positions + first, o = outer * filters % e->filters;
             const float *inverse = e->inverse + outer * e->positions + first;
             float *along = b->along + outer * e->positions + first;
-            memset(along, 0, count * sizeof(float));
-            for (long f = 0; f < filters; f++) {
-                long o = g * filters + f, place = (outer * filters + f) * e->positions + first;
-                const float *gradient = b->gradient + place, *saved = b->saved + place;
-                float *product = b->product + place;
-                Sums found = e->operator == COSINE
-                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, COSINE)
-                             : e->operator == LINEAR
-                                 ? backward_run(gradient, saved, inverse, product, along, count, e, o, LINEAR)
-                                 : backward_run(gradient, saved, inverse, product, along, count, e, o, SIGMOID);
-                sums[o] += found.total;
-                sums[all + o] += found.with_answer;
-                sums[2 * all + o] += found.for_k;
-                sums[3 * all + o] += found.along;
-            }
+            if (e->operator == COSINE && shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, COSINE, 1);
+            else if (e->operator == COSINE) backward_maps(b, sums, e, place, o, maps, count, inverse, along, COSINE, 0);
+            else if (e->operator == LINEAR && shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, LINEAR, 1);
+            else if (e->operator == LINEAR) backward_maps(b, sums, e, place, o, maps, count, inverse, along, LINEAR, 0);
+            else if (shares) backward_maps(b, sums, e, place, o, maps, count, inverse, along, SIGMOID, 1);
+            else backward_maps(b, sums, e, place, o, maps, count, inverse, along, SIGMOID, 0);
         }
     }
 }
 
 /* All filters at one position; sums over positions are added to `part`, (4, O). Returns what is along the patch. */
+#ifdef __AVX512F__
+INLINE void add_to(float *to, __mmask16 taken, __m512 x) {
+    _mm512_mask_storeu_ps(to, taken, _mm512_add_ps(_mm512_maskz_loadu_ps(taken, to), x));
+}
+
+INLINE void backward_row(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                         float *restrict along, float *restrict part, const Elementwise *e, const int operator,
+                         const int has_saved, const int is_depthwise) {
+    long filters = e->filters;
+    __m512 sum = _mm512_setzero_ps(), one = lanes(1.0f), end = one, flat = one, factor = one, answer = sum;
+    __m512 norm = lanes(*inverse);
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 d = _mm512_maskz_loadu_ps(taken, gradient + o), gain = _mm512_maskz_loadu_ps(taken, e->gain + o);
+        __m512 length = _mm512_maskz_loadu_ps(taken, e->length + o);
+        if (has_saved) {
+            __m512 offset = _mm512_maskz_loadu_ps(taken, e->offset + o), held = _mm512_maskz_loadu_ps(taken, saved + o);
+            answer = _mm512_mul_ps(_mm512_sub_ps(held, offset), _mm512_maskz_loadu_ps(taken, e->unscale + o));
+        }
+        if (operator == SIGMOID) {
+            __m512 steep = _mm512_mask_loadu_ps(one, taken, e->steep + o);
+            end = _mm512_mask_loadu_ps(one, taken, e->end + o);
+            flat = reciprocal_of(steep);
+            factor = _mm512_mul_ps(steep, reciprocal_of(end));
+        }
+        __m512 by = operator == COSINE ? d : _mm512_mul_ps(d, gain);
+        Slopes found = slopes_at(answer, by, operator, e->guard, e->step, end, flat, factor);
+        add_to(part + o, taken, d);
+        if (operator != COSINE) add_to(part + filters + o, taken, _mm512_mul_ps(d, answer));
+        if (operator == SIGMOID) add_to(part + 2 * filters + o, taken, _mm512_mul_ps(found.rise, found.angle));
+        if (has_saved) {
+            __m512 a = _mm512_mul_ps(found.cosine, found.slope);
+            add_to(part + 3 * filters + o, taken, a);
+            if (is_depthwise) _mm512_mask_storeu_ps(along + o, taken, a);
+            else sum = _mm512_mask_add_ps(sum, taken, sum, a);
+        }
+        if (is_depthwise) norm = _mm512_maskz_loadu_ps(taken, inverse + o);
+        __m512 to = _mm512_mul_ps(_mm512_mul_ps(found.slope, operator == COSINE ? _mm512_mul_ps(length, gain) : length), norm);
+        _mm512_mask_storeu_ps(product + o, taken, to);
+    }
+    if (has_saved && !is_depthwise) *along = _mm512_reduce_add_ps(sum);
+}
+#else
 INLINE void backward_row(const float *gradient, const float *saved, const float *inverse, float *restrict product,
                          float *restrict along, float *restrict part, const Elementwise *e, const int operator,
                          const int has_saved, const int is_depthwise) {
@@ -347,6 +460,7 @@ INLINE void backward_row(const float *gradient, const float *saved, const float 
     }
     if (has_saved && !is_depthwise) *along = sum;
 }
+#endif
 
 INLINE void backward_row_of(const float *gradient, const float *saved, const float *inverse, float *product, float *along,
                             float *part, const Elementwise *e, const int operator) {
@@ -423,11 +537,8 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
         const float *from = x + row * size;
         double total = 0.0;
         for (long first = 0; first < size; first += 512) {
-            float part = 0.0f;
             long count = size - first < 512 ? size - first : 512;
-#pragma omp simd reduction(+ : part)
-            for (long d = 0; d < count; d++) part += to[first + d] * from[first + d];
-            total += part;
+            total += dot_of(to + first, from + first, count);
         }
         along[row] = (float)total;
         float factor = (float)total * inverse[row] * inverse[row];

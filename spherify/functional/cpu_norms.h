@@ -7,16 +7,10 @@ typedef struct {
 } Window;
 
 #ifdef __AVX512F__
-/* Of the last `count` numbers of a row those that are there: all, or fewer than a vector holds. */
-INLINE __mmask16 first_of(long count) { return count < 16 ? (__mmask16)((1u << count) - 1) : (__mmask16)0xffff; }
-
 /* scale / sqrt(e), 0 for an infinite e. A square root and a division take the time of a dozen other operations. */
 INLINE __m512 inverse_root(__m512 e, float scale) {
-    const __m512 half = _mm512_set1_ps(-0.5f), more = _mm512_set1_ps(1.5f);
     __mmask16 is_finite = _mm512_cmp_ps_mask(e, _mm512_set1_ps(FLT_MAX), _CMP_NGT_UQ); /* or NaN */
-    __m512 y = _mm512_rsqrt14_ps(e);
-    y = _mm512_mul_ps(y, _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(e, y), y), half, more)); /* Newton's step */
-    return _mm512_maskz_mul_ps(is_finite, y, _mm512_set1_ps(scale));
+    return _mm512_maskz_mul_ps(is_finite, inverse_root_of(e), _mm512_set1_ps(scale));
 }
 #endif
 
@@ -69,11 +63,8 @@ INLINE void add_squares_of_few(const float *x, long channels, long count, float 
 INLINE float squares_of_row(const float *x, long channels) {
     double total = 0.0;
     for (long first = 0; first < channels; first += 512) {
-        float part = 0.0f;
         long count = channels - first < 512 ? channels - first : 512;
-#pragma omp simd reduction(+ : part)
-        for (long c = 0; c < count; c++) part += x[first + c] * x[first + c];
-        total += part;
+        total += dot_of(x + first, x + first, count);
     }
     return (float)total;
 }
@@ -282,175 +273,7 @@ static int depthwise_subtract_along(float *by_x, const float *x, const float *al
     return failed;
 }
 
-#ifdef __AVX512F__
-/* Which of sixteen pixels have these neighbours. */
-typedef struct { __mmask16 above, below, left, right; } Neighbours;
-
-static Neighbours *neighbours_of(long vectors, long height, long width) {
-    Neighbours *all = calloc(vectors, sizeof(Neighbours));
-    for (long s = 0, h = 0, c = 0; all != NULL && s < vectors * 16; s++) {
-        Neighbours *some = all + s / 16;
-        __mmask16 bit = (__mmask16)(1u << s % 16);
-        some->above |= h > 0 ? bit : 0;
-        some->below |= h < height - 1 ? bit : 0;
-        some->left |= c > 0 ? bit : 0;
-        some->right |= c < width - 1 ? bit : 0;
-        if (++c == width) c = 0, h = h + 1 == height ? 0 : h + 1;
-    }
-    return all;
-}
-
-/* Sums of squares over a map's columns of three, then over rows of three of these; `columns` is aligned. */
-INLINE void three_by_three(const float *from, float *out, float *columns, const Neighbours *has, long count, long width,
-                           float eps, float scale) {
-    for (long s = 0; s < count; s += 16) {
-        const Neighbours *n = has + s / 16;
-        __mmask16 taken = first_of(count - s);
-        __m512 own = _mm512_maskz_loadu_ps(taken, from + s);
-        __m512 above = _mm512_maskz_loadu_ps(n->above & taken, from + s - width);
-        __m512 below = _mm512_maskz_loadu_ps(n->below & taken, from + s + width);
-        _mm512_store_ps(columns + s, _mm512_fmadd_ps(own, own, _mm512_fmadd_ps(above, above, _mm512_mul_ps(below, below))));
-    }
-    for (long s = 0; s < count; s += 16) {
-        const Neighbours *n = has + s / 16;
-        __mmask16 taken = first_of(count - s);
-        __m512 left = _mm512_maskz_loadu_ps(n->left & taken, columns + s - 1);
-        __m512 right = _mm512_maskz_loadu_ps(n->right & taken, columns + s + 1);
-        __m512 e = _mm512_add_ps(_mm512_load_ps(columns + s), _mm512_add_ps(left, right));
-        _mm512_mask_storeu_ps(out + s, taken, inverse_root(_mm512_add_ps(e, _mm512_set1_ps(eps)), scale));
-    }
-}
-
-/* Depthwise, 3x3, stride 1, padding 1, on planes: as many maps at once as make long loops, which run over rows and maps. */
-static int three_by_three_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
-    long pixels = w->height * w->width, maps = w->images * w->groups, together = pixels < TILE ? TILE / pixels : 1;
-    if (together > maps) together = maps;
-    long size = together * pixels, vectors = (size + 15) / 16, tasks = (maps + together - 1) / together;
-    Neighbours *has = neighbours_of(vectors, w->height, w->width);
-    int failed = has == NULL;
-#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
-    {
-        float *columns = aligned_alloc(64, vectors * 64);
-        failed |= columns == NULL;
-#pragma omp for schedule(static)
-        for (long task = 0; task < tasks; task++) {
-            if (failed) continue;
-            long count = maps - task * together < together ? (maps - task * together) * pixels : size;
-            three_by_three(x + task * size, inverse + task * size, columns, has, count, w->width, eps, scale);
-        }
-        free(columns);
-    }
-    free(has);
-    return failed;
-}
-#else
-/* Which neighbours a pixel has. */
-enum { ABOVE = 1, BELOW = 2, LEFT = 4, RIGHT = 8 };
-
-/* Depthwise, 3x3, stride 1, padding 1, on planes: as many maps at once as make long loops, which run over rows and
-   maps; what lies beyond a pixel's map is left out by its flags. */
-static int three_by_three_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
-    long height = w->height, width = w->width, pixels = height * width, maps = w->images * w->groups;
-    long together = pixels < CHUNK ? CHUNK / pixels : 1;
-    if (together > maps) together = maps;
-    long tasks = (maps + together - 1) / together;
-    unsigned char *flags = malloc(together * pixels);
-    if (flags == NULL) return 1;
-    for (long h = 0; h < height; h++)
-        for (long c = 0; c < width; c++)
-            flags[h * width + c] = (h > 0) * ABOVE | (h < height - 1) * BELOW | (c > 0) * LEFT | (c < width - 1) * RIGHT;
-    for (long map = 1; map < together; map++) memcpy(flags + map * pixels, flags, pixels);
-    int failed = 0;
-#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
-    {
-        long size = together * pixels;
-        float *room = calloc(2 * size + 2 * width + 2, sizeof(float)); /* beyond both ends of each there are zeros */
-        float *squares = room + width, *columns = room + size + 2 * width + 1;
-        failed |= room == NULL;
-#pragma omp for schedule(static)
-        for (long task = 0; task < tasks; task++) {
-            if (room == NULL) continue;
-            const float *from = x + task * size;
-            long count = maps - task * together < together ? (maps - task * together) * pixels : size;
-#pragma omp simd
-            for (long s = 0; s < count; s++) squares[s] = from[s] * from[s];
-#pragma omp simd
-            for (long s = 0; s < count; s++) {
-                float above = squares[s - width], below = squares[s + width];
-                columns[s] = squares[s] + (flags[s] & ABOVE ? above : 0.0f) + (flags[s] & BELOW ? below : 0.0f);
-            }
-            float *out = inverse + task * size;
-#pragma omp simd
-            for (long s = 0; s < count; s++) {
-                float left = columns[s - 1], right = columns[s + 1];
-                out[s] = columns[s] + (flags[s] & LEFT ? left : 0.0f) + (flags[s] & RIGHT ? right : 0.0f);
-            }
-            inverse_roots(out, out, count, eps, scale);
-        }
-        free(room);
-    }
-    free(flags);
-    return failed;
-}
-#endif
-
-/* to[c] = a[c]^2 + b[c]^2 + d[c]^2; `d` may be NULL. Rows are often shorter than a vector. */
-INLINE void add_three_squares(const float *a, const float *b, const float *d, float *restrict to, long width) {
-#ifdef __AVX512F__
-    for (long c = 0; c < width; c += 16) {
-        __mmask16 taken = first_of(width - c), third = d == NULL ? 0 : taken;
-        __m512 x = _mm512_maskz_loadu_ps(taken, a + c), y = _mm512_maskz_loadu_ps(taken, b + c);
-        __m512 z = _mm512_maskz_loadu_ps(third, d + c);
-        _mm512_mask_storeu_ps(to + c, taken, _mm512_fmadd_ps(x, x, _mm512_fmadd_ps(y, y, _mm512_mul_ps(z, z))));
-    }
-#else
-#pragma omp simd
-    for (long c = 0; c < width; c++) to[c] = a[c] * a[c] + b[c] * b[c];
-    if (d == NULL) return;
-#pragma omp simd
-    for (long c = 0; c < width; c++) to[c] += d[c] * d[c];
-#endif
-}
-
-/* Depthwise, 3x3, stride 2, padding 1, on planes of even height and width: an output row takes two rows of its own and
-   the one above, an output column likewise, so that both loops run on from one map to the next. */
-static int halving_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
-    long width = w->width, out_width = width / 2, out_height = w->height / 2, out_size = out_height * out_width;
-    long maps = w->images * w->groups, together = out_size < CHUNK ? CHUNK / out_size : 1;
-    long tasks = (maps + together - 1) / together;
-    int failed = 0;
-#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
-    {
-        float *room = calloc(2 * together * out_size + 1, sizeof(float)), *columns = room + 1;
-        failed |= room == NULL;
-#pragma omp for schedule(static)
-        for (long task = 0; task < tasks; task++) {
-            if (room == NULL) continue;
-            long count = maps - task * together < together ? maps - task * together : together;
-            const float *from = x + task * together * 4 * out_size;
-            float *out = inverse + task * together * out_size;
-            for (long row = 0; row < count * out_height; row++) {
-                const float *own = from + 2 * row * width, *above = row % out_height ? own - width : NULL;
-                add_three_squares(own, own + width, above, columns + row * width, width);
-            }
-#pragma omp simd
-            for (long s = 0; s < count * out_size; s++)
-                out[s] = (columns[2 * s] + columns[2 * s + 1]) + columns[2 * s - 1];
-            for (long s = 0; s < count * out_size; s += out_width) out[s] = columns[2 * s] + columns[2 * s + 1];
-            inverse_roots(out, out, count * out_size, eps, scale);
-        }
-        free(room);
-    }
-    return failed;
-}
-
-/* Depthwise with 3x3 windows and padding 1 on planes, of this stride. */
-static int is_three_by_three(const Window *w, long stride) {
-    int is_it = w->groups == w->channels && w->groups > 1 && !w->channels_last;
-    for (int axis = 0; axis < 2; axis++)
-        is_it = is_it && w->window[axis] == 3 && w->stride[axis] == stride && w->padding[axis] == 1 && w->dilation[axis] == 1;
-    return is_it;
-}
+#include "cpu_planes.h"
 
 /* inverse[n, g, p, q] = scale / sqrt(sum over the patch of x^2 + eps). */
 int patch_inverse_norm(const float *x, float *inverse, const Window *w, float eps, float scale) {
@@ -519,6 +342,10 @@ int patch_inverse_norm(const float *x, float *inverse, const Window *w, float ep
    in which each patch's number stands where its last pixel is. */
 int subtract_along(float *by_x, const float *x, const float *along, const float *inverse, const Window *w) {
     if (w->channels_last && w->groups > 1) return depthwise_subtract_along(by_x, x, along, inverse, w);
+#ifdef __AVX512F__
+    if (is_three_by_three(w, 1)) return three_by_three_subtract_along(by_x, x, along, inverse, w);
+    if (is_three_by_three(w, 2)) return halving_subtract_along(by_x, x, along, inverse, w);
+#endif
     long pixels = w->height * w->width, positions = w->out_height * w->out_width;
     long channels = w->channels / w->groups, tasks = w->images * w->groups;
     long reach[2] = {(w->window[0] - 1) * w->dilation[0], (w->window[1] - 1) * w->dilation[1]}, one[2] = {1, 1};

@@ -14,6 +14,7 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.blocks import blocks, energy_of, grouped
 from spherify.functional.cosine import CONVOLUTIONS, box_sum, flat, padded, padding_at_both_ends, patch_energy, per_axis
+from spherify.functional.cpu_convolve import convolved
 from spherify.functional.curves import curve_of
 from spherify.functional.fused import patch_inverse_norm, takes
 from spherify.functional.responses import angle_from_equator
@@ -181,6 +182,11 @@ def folded_conv(
         unit = normalised_input(x, tuple(window), numbers, eps, power, shared)
         out = CONVOLUTIONS[dims](unit, weight, bias, stride, padding, dilation, groups)
         return out[0] if is_unbatched else out
+    if by_kernels and shared is None and dims == 2:
+        values, arguments = arguments_of(operator, steepness, scale, bias, activation)
+        found = convolved(x, weight, numbers, operator, values, eps=eps, power=power, **arguments)
+        if found is not None:
+            return found[0] if is_unbatched else found
     if by_kernels:
         inverse = norms_by_kernel(x, tuple(window), numbers, eps, power, shared)
     else:
@@ -245,21 +251,8 @@ def finish(
     groups = inverse.shape[1]
     is_taken = by_kernels and not product.requires_grad and cpu_binding.takes(product, groups)
     if is_taken and cpu_binding.fits(product, inverse):
-        guard = math.inf if operator == "cosine" else None
-        low, high = BOUNDS[activation]
-        values = dict(gain=scale, bias=bias, steep=steepness)
-        curve = curve_of(operator, steepness)
-        cpu_kernels.normalise_and_respond_(
-            product,
-            inverse,
-            operator,
-            values,
-            guard=guard,
-            low=low,
-            high=high,
-            curve=curve,
-            is_gelu=activation == "gelu",
-        )
+        values, arguments = arguments_of(operator, steepness, scale, bias, activation)
+        cpu_kernels.normalise_and_respond_(product, inverse, operator, values, **arguments)
         return product
     dims = product.dim() - 2
     scale, bias = by_filter(scale, inverse.dtype, dims), by_filter(bias, inverse.dtype, dims)
@@ -283,6 +276,21 @@ def finish(
         if activation is not None:
             activated_(part, activation)
     return product
+
+
+def arguments_of(
+    operator: str,
+    steepness: float | Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+) -> tuple[dict[str, cpu_kernels.ByFilter], dict[str, Any]]:
+    """What the kernels are told of a response: the values of each filter, and the rest by name."""
+    low, high = BOUNDS[activation]
+    guard = math.inf if operator == "cosine" else None
+    curve = curve_of(operator, steepness)
+    values: dict[str, cpu_kernels.ByFilter] = dict(gain=scale, bias=bias, steep=steepness)
+    return values, dict(guard=guard, low=low, high=high, curve=curve, is_gelu=activation == "gelu")
 
 
 def activated_(out: Tensor, activation: str) -> Tensor:

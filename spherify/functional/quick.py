@@ -212,10 +212,32 @@ def ready_conv(
     if layer is None:
         return None
 
+    if shared is None and out.is_contiguous() and (at_once := ready_depthwise(layer, out.shape)) is not None:
+        return at_once
+
     def shared_norms(x: Tensor) -> Tensor:
         return norms_by_kernel(x, window, numbers, eps, power, shared)
 
     return ready_run(layer, out.stride(), convolve, numbers, None if shared is None else shared_norms)
+
+
+def ready_depthwise(layer: cpu_binding.Layer, shape: torch.Size) -> Run | None:
+    """Product, norms and response in one pass, where the kernels have a convolution of their own (3x3, depthwise)."""
+    kernels = cpu_binding.library()
+    assert kernels is not None
+    place = ctypes.byref(layer)
+    if not kernels.can_convolve(ctypes.byref(layer.window), layer.response.filters):
+        return None
+    convolve = kernels.convolve_and_respond
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if not weight.is_contiguous():
+            return None
+        out = x.new_empty(shape)
+        cpu_kernels.checked(convolve(x.data_ptr(), weight.data_ptr(), out.data_ptr(), place))
+        return out
+
+    return run
 
 
 def ready_unit(x: Tensor, eps: float, power: float) -> Callable[[Tensor], Tensor]:
