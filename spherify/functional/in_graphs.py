@@ -41,7 +41,7 @@ def tell_inductor_the_layout() -> None:
     """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
     try:
         from torch._inductor import ir
-        from torch._inductor.lowering import add_layout_constraint
+        from torch._inductor.lowering import make_fallback
     except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
         return
 
@@ -51,7 +51,9 @@ def tell_inductor_the_layout() -> None:
         return (gradient, response, *others), {}
 
     for name in ("respond_backward", "depthwise_backward"):
-        add_layout_constraint(getattr(torch.ops.spherify, name).default, as_the_response)
+        # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
+        # which would take the place of one that is only added.
+        make_fallback(getattr(torch.ops.spherify, name).default, layout_constraint=as_the_response, warn=False)
 
 
 def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
