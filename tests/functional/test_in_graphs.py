@@ -82,6 +82,18 @@ def test_convolutions_have_the_gradients_of_float64(name, window, layout):
     assert_gradients_of_float64(run, leaves, layout)
 
 
+@needs_kernels
+@pytest.mark.parametrize("window", ["depthwise", "halving", "wide", "seven"])
+@pytest.mark.parametrize("channels", [16, 20, 48])
+@pytest.mark.parametrize("name", ["cosine", "sigmoid-0.3"])
+def test_depthwise_layers_of_many_channels_have_the_gradients_of_float64(name, channels, window):
+    windows = {**WINDOWS, "seven": ((6, 1, 7, 7), dict(padding=3, groups=6))}
+    (_, *shape), options = windows[window]
+    leaves = [normal(2, channels, 9, 8), normal(channels, *shape, seed=1)]
+    options = {**options, **options_of(name, channels), "groups": channels}
+    assert_gradients_of_float64(lambda x, w: sphere_conv2d(x.sin(), w, **options), leaves, torch.channels_last)
+
+
 @each_operator
 def test_linear_layers_on_permuted_maps_have_the_gradients_of_float64(name):
     leaves = [normal(2, 5, 3, 4), normal(7, 5, seed=1), normal(7, seed=2)]
