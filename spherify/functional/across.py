@@ -10,7 +10,6 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.precision import type_of_product, widened
 
-
 EARLY_FROM = 1 << 16  # numbers of a weight below which a call of its own costs more than waiting does
 
 

@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        names = ("functions", "norms", "curves", "folded", "depthwise")
+        names = ("functions", "norms", "curves", "folded", "rows", "depthwise")
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:

@@ -1,6 +1,8 @@
 /* Depthwise layers on channels-last maps as compiled graphs call them: norms and what needs them row by row, so that they
    stay in the cache and are never written out. As cpu_kernels.c says. */
 
+#include "cpu_rows.h"
+
 typedef struct {
     const float *x, *product; /* the product of the convolution; in the backward pass NULL */
     const float *gradient, *saved; /* by the response, and the response; in the forward pass NULL */
@@ -96,12 +98,6 @@ INLINE void norms_of_row(const float *x, Block *columns, float *norms, const Win
     }
 }
 
-INLINE void cosine_row(const float *product, const float *norms, float *restrict out, const float *length, long count,
-                       float guard) {
-#pragma omp simd
-    for (long o = 0; o < count; o++) out[o] = within(product[o] * norms[o] * length[o], guard);
-}
-
 /* out = response to product inverse length, before any gain and bias. */
 int depthwise_respond(const Depthwise *d, const Window *w, const Elementwise *e, float eps) {
     long channels = w->channels, row = w->out_width * channels, size = w->height * w->width * channels;
@@ -121,42 +117,16 @@ int depthwise_respond(const Depthwise *d, const Window *w, const Elementwise *e,
                 fetch_ahead(x, w, task % w->out_height);
                 norms_of_row(x, padded, norms, w, task % w->out_height, eps);
             }
-            if (e->operator == COSINE) {
-                for (long first = 0; first < row; first += channels)
-                    cosine_row(product + first, norms + first, out + first, e->length, channels, e->guard);
-                continue;
-            }
-            memcpy(out, product, row * sizeof(float));
             for (long first = 0; first < row; first += channels) {
-                if (e->operator == LINEAR) forward_row(out + first, NULL, norms + first, e, LINEAR, 0, 1, 1);
-                else forward_row(out + first, NULL, norms + first, e, SIGMOID, 0, 1, 1);
+                if (e->operator == COSINE) respond_to_row(product + first, out + first, norms + first, e, COSINE, 1);
+                else if (e->operator == LINEAR) respond_to_row(product + first, out + first, norms + first, e, LINEAR, 1);
+                else respond_to_row(product + first, out + first, norms + first, e, SIGMOID, 1);
             }
         }
         free(padded);
         free(columns);
     }
     return failed;
-}
-
-/* All channels at one position: by_product, and along inverse^2 in place of the norms. */
-INLINE void depthwise_backward_row(const float *gradient, const float *saved, float *restrict norms,
-                                   float *restrict by_product, float *restrict sums, const Elementwise *e,
-                                   const int operator) {
-    const float *length = e->length, *steep = e->steep, *end = e->end;
-    float guard = e->guard, step = e->step;
-    long filters = e->filters;
-#pragma omp simd
-    for (long o = 0; o < filters; o++) {
-        float inverse = norms[o], answer = saved[o];
-        Slope found = slope_at(answer, gradient[o], operator, guard, step, operator == SIGMOID ? steep[o] : 1.0f,
-                               operator == SIGMOID ? end[o] : 1.0f);
-        if (operator == SIGMOID) {
-            sums[o] += gradient[o] * answer;
-            sums[filters + o] += found.rise * found.angle;
-        }
-        by_product[o] = found.slope * length[o] * inverse;
-        norms[o] = found.cosine * found.slope * (inverse * inverse);
-    }
 }
 
 /* Of the patches, along one axis, that hold the pixel `h`: the first, how many there are, and how far apart. */
@@ -220,7 +190,10 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *e
     long channels = w->channels, row = w->out_width * channels, out_size = w->out_height * row;
     long size = w->height * w->width * channels, wide = (w->width > w->out_width ? w->width : w->out_width) * channels;
     double *totals = calloc(2 * channels * w->threads, sizeof(double));
-    int failed = totals == NULL;
+    float *terms = malloc(3 * channels * sizeof(float));
+    Near near = {terms, terms + channels, terms + 2 * channels};
+    int failed = totals == NULL || terms == NULL;
+    if (!failed) near_of(&near, e, e->operator);
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         float *map = malloc((out_size + 2 * wide + 2 * channels) * sizeof(float));
@@ -230,7 +203,7 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *e
         failed |= map == NULL || padded == NULL;
 #pragma omp for schedule(static)
         for (long n = 0; n < w->images; n++) {
-            if (map == NULL || padded == NULL || totals == NULL) continue;
+            if (failed || totals == NULL || terms == NULL) continue;
             const float *x = d->x + n * size;
             float *by_x = d->by_x + n * size;
             memset(part, 0, 2 * channels * sizeof(float));
@@ -243,9 +216,7 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *e
                 for (long first = p * row; first < (p + 1) * row; first += channels) {
                     const float *gradient = d->gradient + n * out_size + first, *saved = d->saved + n * out_size + first;
                     float *to = d->out + n * out_size + first;
-                    if (e->operator == COSINE) depthwise_backward_row(gradient, saved, map + first, to, part, e, COSINE);
-                    else if (e->operator == LINEAR) depthwise_backward_row(gradient, saved, map + first, to, part, e, LINEAR);
-                    else depthwise_backward_row(gradient, saved, map + first, to, part, e, SIGMOID);
+                    respond_backward_row_of(gradient, saved, map + first, to, d->sums ? part : NULL, e, &near, 1);
                 }
                 for (; h < w->height && (h + w->padding[0] < (p + 1) * w->stride[0] || p == w->out_height - 1); h++) {
                     if (channels < BLOCK) minus_few(x, map, columns, spread, by_x, w, h);
@@ -261,11 +232,12 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *e
         free(padded);
         free(map);
     }
-    for (long i = 0; i < 2 * channels && !failed; i++) {
+    for (long i = 0; i < 2 * channels && !failed && d->sums; i++) {
         double total = 0.0;
         for (long t = 0; t < w->threads; t++) total += totals[t * 2 * channels + i];
         d->sums[i] = (float)total;
     }
+    free(terms);
     free(totals);
     return failed;
 }
