@@ -42,7 +42,8 @@ def terms_of(
 ) -> tuple[Elementwise, list[Tensor | None]]:
     """As ``elementwise``, made once for each shape where only the lengths, the first of ``values``, are a tensor."""
     length, *others = values.values()
-    if any(isinstance(one, Tensor) for one in others) or not isinstance(length, Tensor) or not is_plain(length, product):
+    is_fixed = not any(isinstance(one, Tensor) for one in others)
+    if not is_fixed or not isinstance(length, Tensor) or not is_plain(length, product):
         return elementwise(product, inverse, operator, values, guard=guard_of(operator))
     key = (operator, *others, product.shape, inverse.shape[1], torch.get_num_threads())
     if (held := HELD.get(key)) is None:
