@@ -6,6 +6,7 @@ and the norms of depthwise layers, which are as many as the outputs, and which i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def are_here() -> bool:
     return cpu_binding.library() is not None
 
 
+@functools.cache
 def tell_inductor_the_layout() -> None:
     """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
     try:
