@@ -10,6 +10,8 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.precision import type_of_product, widened
 
+EARLY_FROM = 1 << 16  # numbers of a weight below which a call of its own costs more than waiting does
+
 
 class AcrossFilters(torch.autograd.Function):
     """The filters as they are; what their gradient has along a filter is taken off, as its length does not matter."""
@@ -42,6 +44,22 @@ class AcrossFiltersEarly(torch.autograd.Function):
         return by_x, by_weight, None
 
 
+class Written(torch.autograd.Function):
+    """A tensor as it is, which the compiler is to write before it is read.
+
+    Inlined into the pass over the output, a product of two numbers by filter counts as one more tensor read there; from
+    five on Inductor writes the output before an activation reads it, and a (N, H, W, D) one as an image at that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.as_strided(x.shape, x.stride())  # only what lies in memory has strides
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
 def input_and_filters(x: Tensor, weight: Tensor, inverse_length: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` and ``weight`` as they are, but for the weight's gradient, which is across the filters.
 
@@ -50,8 +68,9 @@ def input_and_filters(x: Tensor, weight: Tensor, inverse_length: Tensor) -> tupl
         weight: (O, C/G, ...).
         inverse_length: (O,), 1 / |filter|.
     """
-    is_early = weight.dim() > 2 and x.device.type == "cpu" and x.requires_grad and weight.dtype == torch.float32
-    if is_early and type_of_product(x, weight) == torch.float32:
+    is_early = weight.dim() > 2 and weight.numel() >= EARLY_FROM and weight.dtype == torch.float32
+    is_here = x.device.type == "cpu" and x.requires_grad
+    if is_early and is_here and type_of_product(x, weight) == torch.float32:
         return AcrossFiltersEarly.apply(x, weight, inverse_length)
     return x, AcrossFilters.apply(weight, inverse_length)
 

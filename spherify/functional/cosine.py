@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spherify.errors import OptionError
-from spherify.functional.across import input_and_filters, sum_by_filter
+from spherify.functional.across import Written, input_and_filters, sum_by_filter
 from spherify.functional.precision import type_of_product, widened
 
 DEFAULT_EPS = 1e-4  # added to squared norms, inside the root, as in the authors' code
@@ -217,7 +217,9 @@ def conv_cosine_and_type(
 
 def product_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """Where there is one."""
-    return other if one is None else one if other is None else one * other
+    if one is None or other is None:
+        return other if one is None else one
+    return Written.apply(one * other) if is_seen_through() else one * other
 
 
 def patch_inverse_norm(

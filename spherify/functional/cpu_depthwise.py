@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
-from spherify.functional.cpu_kernels import ByFilter, checked, described_window, elementwise, guard_of
+from spherify.functional.cpu_kernels import ByFilter, checked, described_window
+from spherify.functional.cpu_rows import terms_of
 
 Windowed = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]  # window, stride, padding, dilation
 
@@ -42,7 +43,7 @@ def respond(
     """The response to ``product length / |patch|``, for tensors that ``takes``; ``values`` as for ``elementwise``."""
     out = torch.empty_like(product)
     described, _ = described_window(x, *window, x.shape[1])
-    terms, alive = elementwise(product, product, operator, values, guard=guard_of(operator))
+    terms, alive = terms_of(product, product, operator, values)
     tensors = Depthwise(x.data_ptr(), product.data_ptr(), None, None, out.data_ptr(), None, None)
     checked(library().depthwise_respond(*map(ctypes.byref, (tensors, described, terms)), eps))
     del alive
@@ -57,15 +58,20 @@ def respond_backward(
     values: dict[str, ByFilter],
     window: Windowed,
     eps: float,
+    has_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by product and, through the norms, input; and (2, C): with the response, and for k."""
+    """The gradients by product and, through the norms, input; and (2, C): with the response, and for k.
+
+    Args:
+        has_k: whether that last is wanted; else it is zero.
+    """
     if gradient.stride() != response.stride():
         gradient = torch.empty_like(response).copy_(gradient)
-    product, by_x, sums = torch.empty_like(response), torch.empty_like(x), response.new_empty((2, x.shape[1]))
+    product, by_x, sums = torch.empty_like(response), torch.empty_like(x), response.new_zeros((2, x.shape[1]))
     described, _ = described_window(x, *window, x.shape[1])
-    terms, alive = elementwise(response, response, operator, values, guard=guard_of(operator))
-    pointers = (tensor.data_ptr() for tensor in (gradient, response, product, by_x, sums))
-    tensors = Depthwise(x.data_ptr(), None, *pointers)
+    terms, alive = terms_of(response, response, operator, values)
+    pointers = (tensor.data_ptr() for tensor in (gradient, response, product, by_x))
+    tensors = Depthwise(x.data_ptr(), None, *pointers, sums.data_ptr() if has_k else None)
     checked(library().depthwise_backward(*map(ctypes.byref, (tensors, described, terms)), eps))
     del alive
     return product, by_x, sums

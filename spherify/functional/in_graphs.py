@@ -6,14 +6,14 @@ and the norms of depthwise layers, which are as many as the outputs, and which i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherify.functional import blocks, cpu_binding, cpu_depthwise, cpu_kernels
+from spherify.functional import blocks, cpu_binding, cpu_depthwise
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     factors_and_lengths,
@@ -24,7 +24,8 @@ from spherify.functional.cosine import (
     patch_inverse_norm,
     per_axis,
 )
-from spherify.functional.filters import filter_shape, like
+from spherify.functional.filters import like
+from spherify.functional.graph_operators import ours
 from spherify.functional.precision import type_of_product
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.6 cannot be asked
@@ -37,11 +38,12 @@ def are_here() -> bool:
     return cpu_binding.library() is not None
 
 
+@functools.cache
 def tell_inductor_the_layout() -> None:
     """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
     try:
         from torch._inductor import ir
-        from torch._inductor.lowering import add_layout_constraint
+        from torch._inductor.lowering import make_fallback
     except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
         return
 
@@ -51,7 +53,9 @@ def tell_inductor_the_layout() -> None:
         return (gradient, response, *others), {}
 
     for name in ("respond_backward", "depthwise_backward"):
-        add_layout_constraint(getattr(torch.ops.spherify, name).default, as_the_response)
+        # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
+        # which would take the place of one that is only added.
+        make_fallback(getattr(ours, name).default, layout_constraint=as_the_response, warn=False)
 
 
 def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
@@ -119,7 +123,7 @@ class Response(torch.autograd.Function):
     def forward(
         ctx: Any, product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
     ) -> Tensor:
-        response = torch.ops.spherify.respond(product, inverse, length, k, operator, fixed_k)
+        response = ours.respond(product, inverse, length, k, operator, fixed_k)
         ctx.save_for_backward(response, inverse, length, k)
         ctx.operator, ctx.fixed_k = operator, fixed_k
         return response
@@ -127,9 +131,7 @@ class Response(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         response, inverse, length, k = ctx.saved_tensors
-        product, along, sums = torch.ops.spherify.respond_backward(
-            gradient, response, inverse, length, k, ctx.operator, ctx.fixed_k
-        )
+        product, along, sums = ours.respond_backward(gradient, response, inverse, length, k, ctx.operator, ctx.fixed_k)
         return product, along / inverse, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None
 
 
@@ -148,7 +150,7 @@ class DepthwiseResponse(torch.autograd.Function):
         window: cpu_depthwise.Windowed,
         eps: float,
     ) -> Tensor:
-        response = torch.ops.spherify.depthwise_respond(product, x, length, k, operator, fixed_k, *window, eps)
+        response = ours.depthwise_respond(product, x, length, k, operator, fixed_k, *window, eps)
         ctx.save_for_backward(response, x, length, k)
         ctx.operator, ctx.fixed_k, ctx.window, ctx.eps = operator, fixed_k, window, eps
         return response
@@ -156,7 +158,7 @@ class DepthwiseResponse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         response, x, length, k = ctx.saved_tensors
-        product, by_x, sums = torch.ops.spherify.depthwise_backward(
+        product, by_x, sums = ours.depthwise_backward(
             gradient, response, x, length, k, ctx.operator, ctx.fixed_k, *ctx.window, ctx.eps
         )
         return product, by_x, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None, None, None
@@ -168,148 +170,3 @@ def k_gradient(sums: Tensor, k: Tensor | None, is_needed: bool) -> Tensor | None
     softness = blocks.Softness.of(k)
     assert softness is not None
     return like(blocks.by_k(sums[1], sums[0], softness), k, is_needed)
-
-
-def respond(
-    product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
-) -> Tensor:
-    out, soft = product.clone(), fixed_k or None if k is None else k
-    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
-    if cpu_binding.takes(out, inverse.shape[1]) and cpu_binding.fits(out, inverse):
-        values = values_of(length, k, operator, fixed_k)
-        cpu_kernels.normalise_and_respond_(out, inverse, operator, values)
-        return out
-    shaped, soft = filter_shape(length, out, out.dtype), softness_like(soft, out)
-    return blocks.normalise_and_respond_(out, inverse, shaped, operator, soft, None, None)
-
-
-def respond_backward(
-    gradient: Tensor,
-    response: Tensor,
-    inverse: Tensor,
-    length: Tensor,
-    k: Tensor | None,
-    operator: str,
-    fixed_k: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    soft = fixed_k or None if k is None else k
-    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
-    if cpu_binding.takes(response, inverse.shape[1]) and cpu_binding.fits(response, inverse):
-        values = values_of(length, k, operator, fixed_k)
-        by_product, along, sums = cpu_kernels.respond_backward(gradient, response, inverse, operator, values)
-        return by_product, along, sums[1:3].clone()
-    shaped, soft = filter_shape(length, response, response.dtype), softness_like(soft, response)
-    softness = blocks.Softness.of(soft)
-    found, sums = blocks.backward_by_blocks(
-        gradient, response, inverse, shaped, operator, softness, None, None, [True] * 5
-    )
-    return found.product, found.along, sums[2:].clone()
-
-
-def values_of(length: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> dict[str, cpu_kernels.ByFilter]:
-    return dict(length=length, **cpu_kernels.constants(operator, fixed_k or None if k is None else k))
-
-
-def softness_like(k: float | Tensor | None, product: Tensor) -> float | Tensor | None:
-    return filter_shape(k, product, product.dtype) if isinstance(k, Tensor) else k
-
-
-def depthwise_respond(
-    product: Tensor,
-    x: Tensor,
-    length: Tensor,
-    k: Tensor | None,
-    operator: str,
-    fixed_k: float,
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    eps: float,
-) -> Tensor:
-    windowed = (window, stride, padding, dilation)
-    if cpu_depthwise.takes(x, product):
-        return cpu_depthwise.respond(product, x, operator, values_of(length, k, operator, fixed_k), windowed, eps)
-    x = readable(x)
-    inverse = cpu_kernels.patch_inverse_norm(x, *windowed, x.shape[1], eps)
-    return respond(product, inverse, length, k, operator, fixed_k)
-
-
-def depthwise_backward(
-    gradient: Tensor,
-    response: Tensor,
-    x: Tensor,
-    length: Tensor,
-    k: Tensor | None,
-    operator: str,
-    fixed_k: float,
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    windowed = (window, stride, padding, dilation)
-    if cpu_depthwise.takes(x, response):
-        values = values_of(length, k, operator, fixed_k)
-        return cpu_depthwise.respond_backward(gradient, response, x, operator, values, windowed, eps)
-    given = readable(x)
-    inverse = cpu_kernels.patch_inverse_norm(given, *windowed, x.shape[1], eps)
-    product, along, sums = respond_backward(gradient, response, inverse, length, k, operator, fixed_k)
-    by_x = cpu_kernels.subtract_along_(torch.zeros_like(given), given, along, inverse, *windowed)
-    return product, by_x if by_x.stride() == x.stride() else torch.empty_like(x).copy_(by_x), sums
-
-
-def readable(x: Tensor) -> Tensor:
-    """As it is, or laid out as the kernels read it."""
-    return x if cpu_binding.takes(x, x.shape[1]) else x.contiguous()
-
-
-TERMS = "Tensor length, Tensor? k, str operator, float fixed_k"
-WINDOW = "int[] window, int[] stride, int[] padding, int[] dilation, float eps"
-OPERATORS: dict[
-    str, tuple[str, Callable[..., Any], Callable[..., Any]]
-] = {  # schema, what it does, shapes of what it gives
-    "respond": (
-        f"(Tensor product, Tensor inverse, {TERMS}) -> Tensor",
-        respond,
-        lambda product, *_: torch.empty_like(product),
-    ),
-    "respond_backward": (
-        f"(Tensor gradient, Tensor response, Tensor inverse, {TERMS}) -> (Tensor, Tensor, Tensor)",
-        respond_backward,
-        lambda _, response, inverse, *__: (
-            torch.empty_like(response),
-            torch.empty_like(inverse),
-            response.new_empty((2, response.shape[1])),
-        ),
-    ),
-    "depthwise_respond": (
-        f"(Tensor product, Tensor x, {TERMS}, {WINDOW}) -> Tensor",
-        depthwise_respond,
-        lambda product, *_: torch.empty_like(product),
-    ),
-    "depthwise_backward": (
-        f"(Tensor gradient, Tensor response, Tensor x, {TERMS}, {WINDOW}) -> (Tensor, Tensor, Tensor)",
-        depthwise_backward,
-        lambda _, response, x, *__: (
-            torch.empty_like(response),
-            torch.empty_like(x),
-            response.new_empty((2, response.shape[1])),
-        ),
-    ),
-}
-
-
-def register() -> None:
-    """Once in a process, also where this module is imported anew. Of any layout: the kernels read those of the CPU."""
-    for name, (schema, function, shapes) in OPERATORS.items():
-        if hasattr(torch.ops.spherify, name):
-            continue
-        tags = () if name.endswith("backward") else (torch.Tag.flexible_layout,)
-        torch.library.define(f"spherify::{name}", schema, tags=tags)
-        torch.library.impl(f"spherify::{name}", "CPU", function)
-        torch.library.register_fake(f"spherify::{name}", shapes)
-
-
-register()

@@ -8,6 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.testing import assert_close
 
+from spherify.functional import across as across_filters
 from spherify.functional import sphere_conv2d, sphere_linear
 from spherify.functional.across import across
 
@@ -147,9 +148,11 @@ def test_the_step_in_place_says_what_it_changes():
     torch.library.opcheck(torch.ops.spherify.take_off_along_.default, arguments)
 
 
+@pytest.mark.parametrize("early_from", [0, across_filters.EARLY_FROM])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_float32_gradients_are_those_of_float64(window, layout):
+def test_float32_gradients_are_those_of_float64(window, layout, early_from, monkeypatch):
+    monkeypatch.setattr(across_filters, "EARLY_FROM", early_from)
     leaves = leaves_of((2, 4, 7, 6), (8, 4 // window.get("groups", 1), 3, 3))
     narrow = [leaf.detach().float().contiguous(memory_format=layout).requires_grad_() for leaf in leaves]
 
@@ -160,7 +163,7 @@ def test_float32_gradients_are_those_of_float64(window, layout):
         assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
-def test_what_goes_on_to_the_input_waits_for_the_weights_gradient():
+def backward_graph(run, leaves):
     graphs = []
 
     def keep(graph, _):
@@ -168,7 +171,22 @@ def test_what_goes_on_to_the_input_waits_for_the_weights_gradient():
         return make_boxed_func(graph)
 
     backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
-    x, weight = leaves_of((2, 4, 5, 6), (8, 4, 3, 3), dtype=torch.float32)
-    with_gradients(compiled(lambda x, weight: sphere_conv2d(x.sin(), weight), backend=backend), [x, weight])
-    (step,) = [node for node in graphs[0].graph.nodes if "take_off_along_" in f"{node.target} {node.args}"]
+    with_gradients(compiled(run, backend=backend), leaves)
+    (graph,) = graphs
+    return graph.graph
+
+
+def steps_in_place(graph):
+    return [node for node in graph.nodes if "take_off_along_" in f"{node.target} {node.args}"]
+
+
+def test_what_goes_on_to_the_input_waits_for_the_weights_gradient(monkeypatch):
+    monkeypatch.setattr(across_filters, "EARLY_FROM", 8 * 4 * 3 * 3)
+    leaves = leaves_of((2, 4, 5, 6), (8, 4, 3, 3), dtype=torch.float32)
+    (step,) = steps_in_place(backward_graph(lambda x, weight: sphere_conv2d(x.sin(), weight), leaves))
     assert len([user for user in step.users if user.users]) == 2  # what comes of both gradients is read
+
+
+def test_a_small_weights_gradient_costs_no_call_of_its_own():
+    leaves = leaves_of((2, 4, 5, 6), (8, 4, 3, 3), dtype=torch.float32)
+    assert not steps_in_place(backward_graph(lambda x, weight: sphere_conv2d(x.sin(), weight), leaves))

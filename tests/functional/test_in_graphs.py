@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from spherify.functional import cpu_binding, sphere_conv2d, sphere_linear
+from spherify.functional.responses import RESPONSES
 
 is_here = cpu_binding.library() is not None and hasattr(torch.compiler, "is_exporting")
 needs_kernels = pytest.mark.skipif(not is_here, reason="no C compiler, or torch cannot tell that it exports")
@@ -80,6 +81,18 @@ def test_convolutions_have_the_gradients_of_float64(name, window, layout):
         return sphere_conv2d(x.sin(), weight, bias, gain=gain, operator=OPERATORS[name][0], **options, **own)
 
     assert_gradients_of_float64(run, leaves, layout)
+
+
+@needs_kernels
+@pytest.mark.parametrize("window", ["depthwise", "halving", "wide", "seven"])
+@pytest.mark.parametrize("channels", [16, 20, 48])
+@pytest.mark.parametrize("name", ["cosine", "sigmoid-0.3"])
+def test_depthwise_layers_of_many_channels_have_the_gradients_of_float64(name, channels, window):
+    windows = {**WINDOWS, "seven": ((6, 1, 7, 7), dict(padding=3, groups=6))}
+    (_, *shape), options = windows[window]
+    leaves = [normal(2, channels, 9, 8), normal(channels, *shape, seed=1)]
+    options = {**options, **options_of(name, channels), "groups": channels}
+    assert_gradients_of_float64(lambda x, w: sphere_conv2d(x.sin(), w, **options), leaves, torch.channels_last)
 
 
 @each_operator
@@ -176,6 +189,37 @@ def test_operators_say_what_they_give(k, layout):
     torch.library.opcheck(ours.respond_backward.default, (gradient, product.tanh() * 0.9, inverse, *terms))
     torch.library.opcheck(ours.depthwise_respond.default, (product * 0.1, x, *terms, *window))
     torch.library.opcheck(ours.depthwise_backward.default, (gradient, product.tanh() * 0.9, x, *terms, *window))
+
+
+SHARP_AND_SOFT = [("linear", None), ("sigmoid", 0.1), ("sigmoid", 0.3), ("sigmoid", 2.0)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("largest", [0.05, 0.45, 0.95], ids=["near", "between", "far"])
+@pytest.mark.parametrize(("operator", "k"), SHARP_AND_SOFT)
+def test_gradients_by_responses_are_those_of_float64_near_the_equator_and_far_from_it(operator, k, largest):
+    cosine = torch.linspace(-largest, largest, 1280, dtype=torch.float64).view(8, 160)
+    entry = RESPONSES[operator]
+    response, slope, ones = entry.function(cosine, k).float(), entry.slope(cosine, k), torch.ones(8, 160)
+    by_product, along, _ = torch.ops.spherify.respond_backward(
+        ones, response, torch.ones(8, 1), torch.ones(160), None, operator, k or 0.0
+    )
+    step = 1e-5 * entry.slope_at_equator(k)
+    assert_close(by_product.double(), slope, rtol=1e-5, atol=step)
+    assert_close(along.double(), (slope * cosine).sum(1, keepdim=True), rtol=1e-5, atol=160 * step)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("operator", "k"), SHARP_AND_SOFT)
+def test_a_nan_stays_where_it_is(operator, k):
+    product = torch.full((2, 160), 0.1)
+    product[0, 3] = float("nan")
+    terms = (torch.ones(2, 1), torch.ones(160), None, operator, k or 0.0)
+    response = torch.ops.spherify.respond(product, *terms)
+    assert response.isnan().nonzero().tolist() == [[0, 3]]
+    by_product, along, _ = torch.ops.spherify.respond_backward(torch.ones(2, 160), response, *terms)
+    assert by_product.isnan().nonzero().tolist() == [[0, 3]]
+    assert along.isnan().flatten().tolist() == [True, False]
 
 
 @needs_kernels

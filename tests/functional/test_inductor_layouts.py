@@ -1,0 +1,55 @@
+"""What Inductor makes of compiled layers on the CPU: maps stay channels-last, and nothing is transposed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spherify.functional import cpu_binding
+
+pytestmark = pytest.mark.skipif(
+    cpu_binding.library() is None or not hasattr(torch.compiler, "is_exporting"),
+    reason="no C compiler, or torch cannot tell that it exports",
+)
+
+DEPTHWISE = """
+import torch, torch.nn.functional as F
+from spherify.functional import cpu_depthwise, sphere_conv2d
+calls, respond_backward = [], cpu_depthwise.respond_backward
+def counted(*args):
+    calls.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    return respond_backward(*args)
+cpu_depthwise.respond_backward = counted
+def run(x, before, weight, after):
+    return F.conv2d(sphere_conv2d(F.conv2d(x, before), weight, groups=32, padding=1).relu(), after)
+shapes = [(2, 8, 6, 6), (32, 8, 1, 1), (32, 1, 3, 3), (8, 32, 1, 1)]
+leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+torch.compile(run)(*leaves).square().sum().backward()
+assert calls == [True], calls
+"""
+
+LINEAR = """
+import torch, torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
+from spherify.functional import sphere_linear
+def run(x, before, weight, gain, bias, after):
+    rows = F.conv2d(x, before).permute(0, 2, 3, 1)
+    return F.conv2d(F.gelu(sphere_linear(rows, weight, bias, gain=gain)).permute(0, 3, 1, 2), after)
+shapes = [(2, 8, 6, 6), (32, 8, 3, 3), (64, 32), (64,), (64,), (8, 64, 3, 3)]
+leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+_, codes = run_and_get_code(lambda: torch.compile(run)(*leaves))
+assert codes and not any("transpose_mxn(" in code or "tmpbuf" in code for code in codes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [DEPTHWISE, LINEAR], ids=["depthwise", "linear"])
+def test_compiled_layers_keep_their_layout(program, tmp_path):
+    """In a process of its own: an operator that Inductor has met before is one that it knows."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
