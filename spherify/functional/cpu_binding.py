@@ -70,7 +70,18 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         here = Path(__file__)
-        names = ("functions", "vectors", "norms", "planes", "curves", "folded", "convolve", "rows", "depthwise", "training")
+        names = (
+            "functions",
+            "vectors",
+            "norms",
+            "planes",
+            "curves",
+            "folded",
+            "convolve",
+            "rows",
+            "depthwise",
+            "training",
+        )
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)
     except NotCompiled as error:
@@ -102,6 +113,8 @@ def library() -> ctypes.CDLL | None:
     found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.learned_k.argtypes = (pointer, pointer, pointer, c_long, c_float, c_float)
     found.learned_k.restype = None
+    found.softness_terms.argtypes = (pointer, pointer, c_long)
+    found.softness_terms.restype = None
     return found
 
 

@@ -230,9 +230,15 @@ def constants(operator: str, k: float | Tensor | None) -> dict[str, ByFilter]:
     """What the response is made of: 1 / 2k, the last factor, and for the sigmoid that factor's inverse."""
     if k is None:
         return dict(rise=2.0 / math.pi) if operator == "linear" else {}
-    k = k.detach() if isinstance(k, Tensor) else k
-    end = torch.tanh(math.pi / (4.0 * k)) if isinstance(k, Tensor) else math.tanh(math.pi / (4.0 * k))
-    return dict(steep=0.5 / k, rise=1.0 / end, end=end)
+    if not isinstance(k, Tensor):
+        end = math.tanh(math.pi / (4.0 * k))
+        return dict(steep=0.5 / k, rise=1.0 / end, end=end)
+    kernels, given = library(), by_filter(k, k.numel())
+    assert kernels is not None
+    assert given is not None
+    terms = given.new_empty((3, given.numel()))
+    kernels.softness_terms(given.data_ptr(), terms.data_ptr(), given.numel())
+    return dict(zip(("steep", "rise", "end"), terms.unbind(), strict=True))
 
 
 def guard_of(operator: str) -> float:

@@ -28,7 +28,17 @@ INLINE int threads_of(const Trained *t, long numbers) {
 
 INLINE long filter_size(const Window *w) { return w->channels / w->groups * w->window[0] * w->window[1]; }
 
-/* 1 / |patch|, 1 / |filter|, what k makes of the response. Tells whether the response must be kept beside the output,
+/* (3, count): 1 / 2k, the response's last factor and that factor's inverse. */
+void softness_terms(const float *k, float *terms, long count) {
+    for (long o = 0; o < count; o++) {
+        double end = tanh(0.78539816339744831 / k[o]);
+        terms[o] = 0.5f / k[o];
+        terms[count + o] = (float)(1.0 / end);
+        terms[2 * count + o] = (float)end;
+    }
+}
+
+/* 1 / |patch|, 1 / |filter|, what k makes of the response; the product, where there is room for it and can_convolve. Tells whether the response must be kept beside the output,
    which has it to within two rounding steps where no bias is larger than its gain, and whether the gradient by the
    cosine's gain may be had by dividing by the gain. */
 int before_product(const Trained *t, const Places *p) {
@@ -36,15 +46,16 @@ int before_product(const Trained *t, const Places *p) {
     long filters = t->response.filters, size = filter_size(w);
     int operator = t->response.operator, found = 0;
     float smallest = INFINITY, largest = 0.0f, *terms = p->terms;
-    double end = operator == SIGMOID && p->k == NULL ? tanh(0.78539816339744831 / t->k) : 1.0;
-    if (patch_inverse_norm(p->x, p->inverse, w, t->eps, 1.0f)) return NO_MEMORY;
+    float fixed[3] = {1.0f, operator == LINEAR ? TWO_OVER_PI : 1.0f, 1.0f}; /* steep, rise, end */
+    if (p->product ? convolve_with_norms(p->x, p->weight, p->product, p->inverse, w, t->eps, 1.0f)
+                   : patch_inverse_norm(p->x, p->inverse, w, t->eps, 1.0f))
+        return NO_MEMORY;
     inverse_lengths(p->weight, terms + LENGTH * filters, filters, size, t->eps, 1.0f, threads_of(t, filters * size));
+    if (operator == SIGMOID && p->k) softness_terms(p->k, terms + STEEP * filters, filters);
+    else if (operator == SIGMOID) softness_terms(&t->k, fixed, 1);
     for (long o = 0; o < filters; o++) {
-        float k = p->k ? p->k[o] : t->k, gain = at(p->gain, o, 1.0f), height = fabsf(gain);
-        if (operator == SIGMOID && p->k) end = tanh(0.78539816339744831 / k);
-        terms[STEEP * filters + o] = operator == SIGMOID ? 0.5f / k : 1.0f;
-        terms[RISE * filters + o] = operator == LINEAR ? TWO_OVER_PI : (float)(1.0 / end);
-        terms[END * filters + o] = (float)end;
+        float gain = at(p->gain, o, 1.0f), height = fabsf(gain);
+        for (int i = 0; i < 3 && !(operator == SIGMOID && p->k); i++) terms[(STEEP + i) * filters + o] = fixed[i];
         terms[UNSCALE * filters + o] = operator == COSINE ? 1.0f : 1.0f / gain;
         terms[ONE * filters + o] = 1.0f;
         terms[ZERO * filters + o] = 0.0f;

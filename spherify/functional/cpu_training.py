@@ -145,21 +145,27 @@ class Way:
         self.keeps_norms = math.prod(sizes) * 4 <= product.numel()
         self.keeps_answer = operator != "cosine" or weight.dim() > 2
         self.blocks = in_blocks(product, weight)
+        self.shape = tuple(product.shape)
+        is_depthwise = weight.shape == (groups, 1, 3, 3) and product.is_contiguous()
+        self.convolves = is_depthwise and bool(library().can_convolve(byref(described), self.filters))
 
     def forward(self, given: Given, *, keeps: bool) -> Product | None:
         """None where the product of this call lies otherwise. ``keeps``: for a gradient later."""
         x, weight, bias, gain, k = given
         inverse = x.new_empty_strided(self.norms, self.norm_strides)
         terms = x.new_empty((TERMS, self.filters))
+        product = x.new_empty(self.shape) if self.convolves else None
         places = Places(
-            x.data_ptr(), weight.data_ptr(), place(gain), place(bias), place(k), terms.data_ptr(), inverse.data_ptr()
+            *(x.data_ptr(), weight.data_ptr(), place(gain), place(bias), place(k), terms.data_ptr()),
+            *(inverse.data_ptr(), place(product)),
         )
         found = before_product(self, places)
         if found & NO_MEMORY:
             raise MemoryError(cpu_kernels.NO_MEMORY)
-        product = multiply(x, weight, *self.window)
-        if product.stride() != self.strides:
-            return None
+        if product is None:
+            product = multiply(x, weight, *self.window)
+            if product.stride() != self.strides:
+                return None
         response = torch.empty_like(product) if keeps and found & KEEPS else None
         places.product, places.kept = product.data_ptr(), place(response)
         after_product(self, places)
@@ -218,7 +224,7 @@ def place(tensor: Tensor | None) -> int | None:
 
 
 def before_product(way: Way, places: Places) -> int:
-    """Norms of patches and filters, and what k makes of the response; what of KEEPS and DIVIDES holds."""
+    """Norms of patches and filters, what k makes of the response, 3x3 depthwise products; what of the flags holds."""
     return int(library().before_product(way.place, byref(places)))
 
 
