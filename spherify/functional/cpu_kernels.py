@@ -108,17 +108,6 @@ def gelu_(x: Tensor) -> Tensor:
     return x
 
 
-def inverse_lengths(weight: Tensor, eps: float) -> Tensor:
-    """(O,): 1 / |w| of each filter of a contiguous weight."""
-    kernels = library()
-    assert kernels is not None
-    rows = weight.shape[0]
-    out = weight.new_empty(rows)
-    threads = threads_for(weight.numel())
-    kernels.inverse_lengths(weight.data_ptr(), out.data_ptr(), rows, weight.numel() // rows, eps, 1.0, threads)
-    return out
-
-
 def subtract_along_(
     by_x: Tensor,
     x: Tensor,
@@ -136,16 +125,6 @@ def subtract_along_(
     pointers = (tensor.data_ptr() for tensor in (by_x, x, along, inverse))
     checked(kernels.subtract_along(*pointers, ctypes.byref(described)))
     return by_x
-
-
-def subtract_along_filters_(by_filters: Tensor, weight: Tensor, length: Tensor, along: Tensor) -> Tensor:
-    """``by_filters - weight length^2 along``, in place, for contiguous weights (O, ...) and (O,) numbers."""
-    kernels = library()
-    assert kernels is not None
-    filters, numbers = weight.shape[0], weight.numel()
-    pointers = (tensor.data_ptr() for tensor in (by_filters, weight, length, along))
-    kernels.subtract_along_filters(*pointers, filters, numbers // filters, threads_for(numbers))
-    return by_filters
 
 
 def subtract_own_(by: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
@@ -251,59 +230,50 @@ def normalise_and_respond_(
     operator: str,
     values: dict[str, ByFilter],
     *,
-    keeps: bool = False,
     guard: float | None = None,
     low: float = -math.inf,
     high: float = math.inf,
     curve: Curve | None = None,
     is_gelu: bool = False,
-) -> Tensor | None:
+) -> None:
     """The response to ``product inverse length``, times gain, plus bias, within [low, high], in place.
 
     Args:
         product: (N, O, ...).
         inverse: (N, G, ...).
         values: see ``elementwise``: length, gain, bias, steep, rise.
-        keeps: give back the response before gain and bias besides; not for the cosine.
         guard: the largest cosine.
-        curve, is_gelu: see ``elementwise``; nothing is kept.
+        curve, is_gelu: see ``elementwise``.
     """
     kernels = library()
     assert kernels is not None
-    values = {"length": 1.0, **values} if keeps else values
     guard = guard_of(operator) if guard is None else guard
     described, alive = elementwise(
         product, inverse, operator, values, guard=guard, low=low, high=high, curve=curve, is_gelu=is_gelu
     )
-    kept = torch.empty_like(product) if keeps else None
-    kernels.forward(product.data_ptr(), None if kept is None else kept.data_ptr(), ctypes.byref(described))
+    kernels.forward(product.data_ptr(), None, ctypes.byref(described))
     del alive
-    return kept
 
 
 def respond_backward(
-    gradient: Tensor, saved: Tensor | None, inverse: Tensor, operator: str, values: dict[str, ByFilter]
+    gradient: Tensor, saved: Tensor, inverse: Tensor, operator: str, values: dict[str, ByFilter]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient by the product, the sum along each patch (N, G, ...), and the four sums by filter, (4, O).
 
-    The sums are of the gradient, of its product with the response, for k, and along the filter. Without ``saved``
-    (linear layers with the cosine) those along patches and filters are left to ``subtract_own_``.
+    The sums are of the gradient, of its product with the response, for k, and along the filter.
 
     Args:
         values: see ``elementwise``: length, gain, steep, end; offset and unscale, by which the response is found.
     """
     kernels = library()
     assert kernels is not None
-    if saved is None:
-        gradient = gradient.contiguous()
-    elif gradient.stride() != saved.stride():
+    if gradient.stride() != saved.stride():
         gradient = torch.empty_like(saved).copy_(gradient)
     values = {"length": 1.0, **values}
     described, alive = elementwise(gradient, inverse, operator, values, guard=guard_of(operator))
     product, along = torch.empty_like(gradient), torch.empty_like(inverse)
     sums = gradient.new_empty((4, gradient.shape[1]))
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (gradient, saved, product, along, sums))
-    tensors = Backward(*pointers)
+    tensors = Backward(*(tensor.data_ptr() for tensor in (gradient, saved, product, along, sums)))
     checked(kernels.backward(ctypes.byref(tensors), ctypes.byref(described)))
     del alive
     return product, along, sums

@@ -187,7 +187,7 @@ def test_trained_gains_and_k_survive(tmp_path):
         model.train()(torch.randn(4, 3, 8, 8)).square().mean().backward()
         optimizer.step()
     back = brought_back(model, tmp_path / "saved", base=Own())
-    for name in ("conv.gain", "conv.k_logit", "fc.gain", "fc.k_logit", "conv.bias", "norm.running_mean"):
+    for name in ("conv.gain", "conv.k_logit", "fc.gain", "fc.k_logit", "fc.bias", "norm.running_mean"):
         assert not torch.equal(model.state_dict()[name], before[name]), name
         assert torch.equal(back.state_dict()[name], model.state_dict()[name]), name
     assert torch.equal(answer(back), answer(model))
