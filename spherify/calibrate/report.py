@@ -89,16 +89,17 @@ class Report:
         table = Table(box=None, pad_edge=False)
         for heading in ("layer", "error before", "after", "cosine before", "after"):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
-        for row in (*self.layers, *([self.logits] if self.logits else [])):
-            table.add_row(
-                row.name, f"{row.error_before:.3f}", f"{row.error:.3f}", f"{row.cosine_before:.4f}", f"{row.cosine:.4f}"
-            )
+        rows = [*self.layers, *([self.logits] if self.logits else [])]
+        for row in rows:
+            errors = (shown(value, 3) for value in (row.error_before, row.error))
+            table.add_row(row.name, *errors, *(shown(value, 4) for value in (row.cosine_before, row.cosine)))
         lines = [f"{self.method}: {self.images} images, {self.seconds:.1f} s", *self.notes]
+        if any(math.isnan(row.error) for row in rows):
+            lines.insert(0, "-: there the donor answers 0 alone, as behind a norm whose weights are 0.")
         if self.accuracy:
             lines.append("top-1: " + ", ".join(f"{stage} {value:.2f} %" for stage, value in self.accuracy.items()))
-        shown = [table] if self.layers else []
         effects = [] if self.sensitivity is None else [self.sensitivity.table()]
-        return Group(*shown, *lines, *effects)
+        return Group(*([table] if self.layers else []), *lines, *effects)
 
     def save_picture(self, path: str | Path) -> Path:
         """Write a bar chart of the errors, before and after, to a PNG, SVG or PDF file.
@@ -177,6 +178,10 @@ def products(own: Tensor, theirs: Tensor) -> Tensor:
         for value in (own, theirs, own - theirs)
     )
     return torch.stack([mine, (mine + donors - apart) / 2, donors])
+
+
+def shown(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:

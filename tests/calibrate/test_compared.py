@@ -58,3 +58,16 @@ def test_each_network_is_recorded_once_for_each_size_of_batch(monkeypatch):
     assert {8, 60, 20} <= sizes  # played at both ends, all of them, and a third of them to solve
     assert set(runs.values()) == {1}
     assert len(runs) == 2 * len(sizes)
+
+
+def test_a_branch_of_which_the_donor_makes_nothing_is_said_to_be_one():
+    some = report_file.LayerFit("conv1", 0.9, 0.5, 0.125, 0.75)
+    none = report_file.LayerFit("conv2", *[float("nan")] * 4)
+    told = str(report_file.Report(method="transplant", images=60, seconds=1.0, layers=(some, none)))
+    assert [line.split() for line in told.splitlines()][1:3] == [
+        ["conv1", "0.900", "0.125", "0.5000", "0.7500"],
+        ["conv2", "-", "-", "-", "-"],
+    ]
+    assert "-: there the donor answers 0 alone, as behind a norm whose weights are 0." in told
+    assert "nan" not in told
+    assert "-:" not in str(report_file.Report(method="transplant", images=60, seconds=1.0, layers=(some,)))
