@@ -61,8 +61,9 @@ def test_each_network_is_recorded_once_for_each_size_of_batch(monkeypatch):
 
 
 def test_a_branch_of_which_the_donor_makes_nothing_is_said_to_be_one():
-    some = report_file.LayerFit("conv1", 0.9, 0.5, 0.125, 0.75)
-    none = report_file.LayerFit("conv2", *[float("nan")] * 4)
+    some = report_file.LayerFit(name="conv1", error_before=0.9, cosine_before=0.5, error=0.125, cosine=0.75)
+    nothing = dict.fromkeys(("error_before", "cosine_before", "error", "cosine"), float("nan"))
+    none = report_file.LayerFit(name="conv2", **nothing)
     told = str(report_file.Report(method="transplant", images=60, seconds=1.0, layers=(some, none)))
     assert [line.split() for line in told.splitlines()][1:3] == [
         ["conv1", "0.900", "0.125", "0.5000", "0.7500"],
