@@ -264,6 +264,7 @@ def in_blocks(product: Tensor, weight: Tensor) -> list[tuple[int, int]]:
 
 
 WAYS: dict[Any, Way | None] = {}
+NOT_MET = object()
 
 
 def way_for(x: Tensor, weight: Tensor, call: Call) -> Way | None:
@@ -288,11 +289,12 @@ def forward(given: Given, call: Call, compute: torch.dtype, *, keeps: bool) -> t
     if compute != torch.float32 or not weight.is_contiguous():
         return None
     key = (x.shape, x.stride(), x.dtype, weight.shape, weight.dtype, weight.device, call, torch.get_num_threads())
-    if key not in WAYS:
-        if len(WAYS) >= MOST_WAYS:
+    way = WAYS.get(key, NOT_MET)
+    if way is NOT_MET:
+        if len(WAYS) >= MOST_WAYS:  # another thread may do the same meanwhile
             WAYS.clear()
-        WAYS[key] = way_for(x, weight, call)
-    if (way := WAYS[key]) is None:
+        way = WAYS[key] = way_for(x, weight, call)
+    if not isinstance(way, Way):
         return None
     ready = (cpu_kernels.by_filter(value, way.filters) for value in given[2:])
     found = way.forward(Given(x, weight, *ready), keeps=keeps)

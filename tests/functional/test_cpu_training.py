@@ -104,6 +104,16 @@ def test_images_of_many_sizes_do_not_fill_the_memory(monkeypatch):
         assert len(cpu_training.WAYS) <= 4
 
 
+def test_threads_that_fill_and_empty_what_is_remembered(monkeypatch):
+    monkeypatch.setattr(cpu_training, "MOST_WAYS", 1)
+    layer = layer_of("cosine")
+    inputs = [normal(1, 8, size, size, dtype=torch.float32) for size in (3, 4, 5, 6)]
+    truth = [layer(x).detach() for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for place, found in enumerate(pool.map(layer, inputs * 100)):
+            assert_close(found.detach(), truth[place % 4], rtol=1e-6, atol=1e-6)
+
+
 def test_numbers_for_all_filters_and_lists_for_the_window():
     x, weight = normal(2, 4, 6, 6, dtype=torch.float32), normal(5, 4, 3, 3, seed=1, dtype=torch.float32)
     leaves = [torch.tensor(2.0, requires_grad=True), torch.tensor([0.4], requires_grad=True)]
