@@ -152,8 +152,9 @@ def test_plain_operations_stand_in_where_somebody_looks_inside(calls):
     sphere_conv2d(x.to("meta"), weight.to("meta"))
     sphere_conv2d(x.as_subclass(Subclass), weight)
     torch.compile(lambda x: sphere_conv2d(x, weight), backend="eager", fullgraph=True)(x)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        sphere_conv2d(x, weight)
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # torch 2.6 cannot be asked
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            sphere_conv2d(x, weight)
     assert len(calls) == 1
     with torch.device("cpu"):  # a default device is nobody who looks
         sphere_conv2d(x, weight)
