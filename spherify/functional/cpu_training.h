@@ -122,7 +122,7 @@ int after_gradients(const Trained *t, const Places *p, long first, long count) {
     Window w = window_of_some(t, count);
     const float *x = p->x + first * w.channels * w.height * w.width;
     if (p->saved) return subtract_along(p->by_x, x, p->along, norms_of_some(t, p, first), &w);
-    subtract_own(p->by_x, x, p->inverse, p->along, w.images, w.channels, w.threads);
+    subtract_own(p->by_x, x, norms_of_some(t, p, first), p->along, w.images, w.channels, w.threads);
     return 0;
 }
 

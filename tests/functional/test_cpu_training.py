@@ -130,6 +130,21 @@ def test_numbers_for_all_filters_and_lists_for_the_window():
         assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("filters", [1, 2, 3, 4])
+def test_layers_of_few_filters_compute_their_norms_again(operator, filters):
+    k = 0.5 if operator in ("sigmoid", "learnable") else None
+    for shape, sizes, function in (((5, 6), (), sphere_linear), ((3, 6, 5, 4), (1, 1), sphere_conv2d)):
+
+        def slopes(dtype):
+            x = normal(*shape, dtype=dtype).requires_grad_()  # noqa: B023
+            weight = normal(filters, 6, *sizes, seed=1, dtype=dtype).requires_grad_()  # noqa: B023
+            out = function(x, weight, operator=operator, k=k)  # noqa: B023
+            return torch.autograd.grad((out * normal(*out.shape, seed=2, dtype=dtype)).sum(), (x, weight))
+
+        close(slopes(torch.float32), slopes(torch.float64))
+
+
 @pytest.mark.parametrize("gain", [0.0, 1e-30, float("nan")])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_gain_that_nothing_may_be_divided_by(operator, gain):
