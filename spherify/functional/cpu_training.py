@@ -269,14 +269,16 @@ NOT_MET = object()
 
 def way_for(x: Tensor, weight: Tensor, call: Call) -> Way | None:
     """Made by multiplying them once; None where the kernels do not read how they or their product lie."""
-    dtypes_fit = x.dtype == weight.dtype == torch.float32 and weight.is_cpu
-    if not dtypes_fit or x.dim() > 4 or not cpu_binding.takes(x, call.groups) or weight.numel() == 0:
+    dtypes_fit, groups = x.dtype == weight.dtype == torch.float32 and weight.is_cpu, call.groups
+    if not dtypes_fit or x.dim() > 4 or not cpu_binding.takes(x, groups) or weight.numel() == 0:
         return None
-    product = multiply(x, weight, call.stride, call.padding, call.dilation, call.groups)
-    way = Way(x, weight, product, call) if cpu_binding.takes(product, call.groups) else None
-    return (
-        way if way is not None and cpu_binding.fits(product, x.new_empty_strided(way.norms, way.norm_strides)) else None
-    )
+    product = multiply(x, weight, call.stride, call.padding, call.dilation, groups)
+    if not cpu_binding.takes(product, groups):
+        return None
+    if groups > 1 and cpu_binding.lies_in_rows(x, groups) and not cpu_binding.is_rows(product):
+        return None  # of one pixel, whose norms lie as it does, and padding makes several of it
+    way = Way(x, weight, product, call)
+    return way if cpu_binding.fits(product, x.new_empty_strided(way.norms, way.norm_strides)) else None
 
 
 def forward(given: Given, call: Call, compute: torch.dtype, *, keeps: bool) -> tuple[Way, Product] | None:

@@ -8,7 +8,7 @@ import torch
 from angular_samples import normal
 from torch.testing import assert_close
 
-from spherify.functional import cpu_binding, cpu_training, sphere_conv2d, sphere_linear
+from spherify.functional import cpu_binding, cpu_training, sphere_conv1d, sphere_conv2d, sphere_linear
 from spherify.layers import SphereConv2d
 
 pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason="there is no C compiler")
@@ -143,6 +143,17 @@ def test_layers_of_few_filters_compute_their_norms_again(operator, filters):
             return torch.autograd.grad((out * normal(*out.shape, seed=2, dtype=dtype)).sum(), (x, weight))
 
         close(slopes(torch.float32), slopes(torch.float64))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_depthwise_layers_that_make_several_positions_of_one(operator, times):
+    k = 0.5 if operator in ("sigmoid", "learnable") else None
+    for sizes, function in (((1,), sphere_conv1d), ((1, 1), sphere_conv2d)):
+        x, weight = normal(2, 6, *sizes, dtype=torch.float32), normal(6 * times, 1, *sizes, seed=1, dtype=torch.float32)
+        found = function(x, weight, operator=operator, k=k, groups=6, padding=1)
+        truth = function(x.double(), weight.double(), operator=operator, k=k, groups=6, padding=1)
+        assert_close(found.double(), truth, rtol=1e-3, atol=1e-3)  # an angle of 0 or pi has half the digits
 
 
 @pytest.mark.parametrize("gain", [0.0, 1e-30, float("nan")])
