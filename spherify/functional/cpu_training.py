@@ -275,8 +275,6 @@ def way_for(x: Tensor, weight: Tensor, call: Call) -> Way | None:
     product = multiply(x, weight, call.stride, call.padding, call.dilation, groups)
     if not cpu_binding.takes(product, groups):
         return None
-    if groups > 1 and cpu_binding.lies_in_rows(x, groups) and not cpu_binding.is_rows(product):
-        return None  # of one pixel, whose norms lie as it does, and padding makes several of it
     way = Way(x, weight, product, call)
     return way if cpu_binding.fits(product, x.new_empty_strided(way.norms, way.norm_strides)) else None
 

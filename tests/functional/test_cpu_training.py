@@ -8,8 +8,9 @@ import torch
 from angular_samples import normal
 from torch.testing import assert_close
 
+from spherify.export.fold import fold
 from spherify.functional import cpu_binding, cpu_training, sphere_conv1d, sphere_conv2d, sphere_linear
-from spherify.layers import SphereConv2d
+from spherify.layers import SphereConv1d, SphereConv2d
 
 pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason="there is no C compiler")
 OPERATORS = ["cosine", "linear", "sigmoid", "learnable"]
@@ -145,6 +146,16 @@ def test_layers_of_few_filters_compute_their_norms_again(operator, filters):
         close(slopes(torch.float32), slopes(torch.float64))
 
 
+def folded(function, x, weight, k, operator):
+    kind = SphereConv1d if function is sphere_conv1d else SphereConv2d
+    filters, groups = weight.shape[0], x.shape[1]
+    layer = kind(groups, filters, 1, padding=1, groups=groups, bias=False, operator=operator, k=k)
+    layer.weight = torch.nn.Parameter(weight)
+    model = fold(torch.nn.Sequential(layer).eval())
+    with torch.inference_mode():
+        return [model(x) for _ in range(3)][-1]  # the third time by what the first two have shown
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("times", [1, 3])
 def test_depthwise_layers_that_make_several_positions_of_one(operator, times):
@@ -154,6 +165,7 @@ def test_depthwise_layers_that_make_several_positions_of_one(operator, times):
         found = function(x, weight, operator=operator, k=k, groups=6, padding=1)
         truth = function(x.double(), weight.double(), operator=operator, k=k, groups=6, padding=1)
         assert_close(found.double(), truth, rtol=1e-3, atol=1e-3)  # an angle of 0 or pi has half the digits
+        assert_close(folded(function, x, weight, k, operator), truth.float(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gain", [0.0, 1e-30, float("nan")])
