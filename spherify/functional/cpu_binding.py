@@ -152,8 +152,11 @@ def takes(x: Tensor, groups: int) -> bool:
 
 
 def lies_in_rows(x: Tensor, groups: int) -> bool:
-    """Whether the kernels are to read it so. A depthwise (N, C, 1) counts as planes, which it is as well: padding may make
-    several positions of it, whose norms have no channels-last layout."""
+    """Whether the kernels are to read it so.
+
+    A depthwise (N, C, 1) counts as planes, which it is as well: padding may make several positions of it, whose norms
+    have no channels-last layout.
+    """
     return groups in (1, x.shape[1]) and bool(is_rows(x)) and not (groups > 1 and x.dim() == 3)
 
 
