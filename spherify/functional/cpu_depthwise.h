@@ -232,11 +232,7 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *e
         free(padded);
         free(map);
     }
-    for (long i = 0; i < 2 * channels && !failed && d->sums; i++) {
-        double total = 0.0;
-        for (long t = 0; t < w->threads; t++) total += totals[t * 2 * channels + i];
-        d->sums[i] = (float)total;
-    }
+    if (!failed && d->sums) add_up(totals, 2 * channels, w->threads, d->sums);
     free(terms);
     free(totals);
     return failed;

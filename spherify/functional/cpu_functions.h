@@ -18,6 +18,15 @@ enum { COSINE, LINEAR, SIGMOID, CURVE };
 enum { TILE = 2048, STRIP = 256, ROWS_A_SUM = 64, RUN = 128, FEW = 64, CHUNK = 1024 };
 static const float HALF_PI = 1.57079632679489662f, TWO_OVER_PI = 0.63661977236758134f;
 
+/* sums[i] = what the threads found, `count` numbers each. */
+INLINE void add_up(const double *totals, long count, int threads, float *sums) {
+    for (long i = 0; i < count; i++) {
+        double total = 0.0;
+        for (long t = 0; t < threads; t++) total += totals[t * count + i];
+        sums[i] = (float)total;
+    }
+}
+
 INLINE float least(float a, float b) { return a < b ? a : b; } /* b if it is NaN */
 INLINE float most(float a, float b) { return a > b ? a : b; }
 INLINE float within(float x, float guard) { return most(-guard, least(guard, x)); }

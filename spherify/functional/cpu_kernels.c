@@ -506,11 +506,7 @@ int backward(const Backward *b, const Elementwise *e) {
     int failed = 0;
     if (e->channels_last) failed = backward_rows(b, totals, e);
     else backward_planes(b, totals, e);
-    for (long i = 0; i < 4 * e->filters; i++) {
-        double total = 0.0;
-        for (long t = 0; t < e->threads; t++) total += totals[t * 4 * e->filters + i];
-        b->sums[i] = (float)total;
-    }
+    add_up(totals, 4 * e->filters, e->threads, b->sums);
     free(totals);
     return failed;
 }

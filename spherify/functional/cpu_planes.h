@@ -27,6 +27,13 @@ static Neighbours *neighbours_of(long vectors, long height, long width) {
     return all;
 }
 
+/* Each number and those beside it. */
+INLINE __m512 three_of_row(const float *columns, const Neighbours *n, __mmask16 taken) {
+    __m512 left = _mm512_maskz_loadu_ps(n->left & taken, columns - 1);
+    __m512 right = _mm512_maskz_loadu_ps(n->right & taken, columns + 1);
+    return _mm512_add_ps(_mm512_load_ps(columns), _mm512_add_ps(left, right));
+}
+
 /* Sums of squares over a map's columns of three, then over rows of three of these; `columns` is aligned. */
 INLINE void three_by_three(const float *from, float *out, float *columns, const Neighbours *has, long count, long width,
                            float eps, float scale) {
@@ -39,11 +46,8 @@ INLINE void three_by_three(const float *from, float *out, float *columns, const 
         _mm512_store_ps(columns + s, _mm512_fmadd_ps(own, own, _mm512_fmadd_ps(above, above, _mm512_mul_ps(below, below))));
     }
     for (long s = 0; s < count; s += 16) {
-        const Neighbours *n = has + s / 16;
         __mmask16 taken = first_of(count - s);
-        __m512 left = _mm512_maskz_loadu_ps(n->left & taken, columns + s - 1);
-        __m512 right = _mm512_maskz_loadu_ps(n->right & taken, columns + s + 1);
-        __m512 e = _mm512_add_ps(_mm512_load_ps(columns + s), _mm512_add_ps(left, right));
+        __m512 e = three_of_row(columns + s, has + s / 16, taken);
         _mm512_mask_storeu_ps(out + s, taken, inverse_root(_mm512_add_ps(e, _mm512_set1_ps(eps)), scale));
     }
 }
@@ -54,7 +58,8 @@ static int three_by_three_inverse_norm(const float *x, float *inverse, const Win
     if (together > maps) together = maps;
     long size = together * pixels, vectors = (size + 15) / 16, tasks = (maps + together - 1) / together;
     Neighbours *has = neighbours_of(vectors, w->height, w->width);
-    int failed = has == NULL;
+    int failed = 0;
+    if (has == NULL) return 1;
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         float *columns = aligned_alloc(64, vectors * 64);
@@ -196,11 +201,8 @@ INLINE void subtract_three_by_three(float *by_x, const float *x, const float *al
         _mm512_store_ps(columns + s, _mm512_add_ps(_mm512_load_ps(map + s), _mm512_add_ps(above, below)));
     }
     for (long s = 0; s < count; s += 16) {
-        const Neighbours *n = has + s / 16;
         __mmask16 taken = first_of(count - s);
-        __m512 left = _mm512_maskz_loadu_ps(n->left & taken, columns + s - 1);
-        __m512 right = _mm512_maskz_loadu_ps(n->right & taken, columns + s + 1);
-        __m512 spread = _mm512_add_ps(_mm512_load_ps(columns + s), _mm512_add_ps(left, right));
+        __m512 spread = three_of_row(columns + s, has + s / 16, taken);
         __m512 found = _mm512_fnmadd_ps(_mm512_maskz_loadu_ps(taken, x + s), spread, _mm512_maskz_loadu_ps(taken, by_x + s));
         _mm512_mask_storeu_ps(by_x + s, taken, found);
     }
@@ -213,7 +215,8 @@ static int three_by_three_subtract_along(float *by_x, const float *x, const floa
     if (together > maps) together = maps;
     long size = together * pixels, vectors = (size + 15) / 16, tasks = (maps + together - 1) / together;
     Neighbours *has = neighbours_of(vectors, w->height, w->width);
-    int failed = has == NULL;
+    int failed = 0;
+    if (has == NULL) return 1;
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         float *map = aligned_alloc(64, 2 * vectors * 64), *columns = map + vectors * 16;

@@ -157,11 +157,7 @@ int respond_rows_backward(const Rows *r, const Elementwise *e) {
         }
         free(part);
     }
-    for (long i = 0; i < 2 * filters && !failed && r->sums; i++) {
-        double total = 0.0;
-        for (long t = 0; t < e->threads; t++) total += totals[t * 2 * filters + i];
-        r->sums[i] = (float)total;
-    }
+    if (!failed && r->sums) add_up(totals, 2 * filters, e->threads, r->sums);
     free(terms);
     free(totals);
     return failed;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,13 +68,11 @@ def depthwise_respond(
     k: Tensor | None,
     operator: str,
     fixed_k: float,
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    eps: float,
+    *window_and_eps: Any,
 ) -> Tensor:
-    windowed = (window, stride, padding, dilation)
+    """``window_and_eps``: as in ``WINDOW``."""
+    windowed: cpu_depthwise.Windowed = window_and_eps[:4]
+    eps = window_and_eps[4]
     if cpu_depthwise.takes(x, product):
         return cpu_depthwise.respond(product, x, operator, values_of(length, k, operator, fixed_k), windowed, eps)
     x = readable(x)
@@ -90,13 +88,10 @@ def depthwise_backward(
     k: Tensor | None,
     operator: str,
     fixed_k: float,
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    eps: float,
+    *window_and_eps: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    windowed = (window, stride, padding, dilation)
+    windowed: cpu_depthwise.Windowed = window_and_eps[:4]
+    eps = window_and_eps[4]
     if cpu_depthwise.takes(x, response):
         values = values_of(length, k, operator, fixed_k)
         return cpu_depthwise.respond_backward(gradient, response, x, operator, values, windowed, eps, k is not None)
