@@ -79,6 +79,7 @@ def library() -> ctypes.CDLL | None:
             "folded",
             "convolve",
             "rows",
+            "pointwise",
             "depthwise",
             "training",
         )

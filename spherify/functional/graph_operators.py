@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spherify.functional import blocks, cpu_binding, cpu_depthwise, cpu_kernels, cpu_rows
+from spherify.functional import blocks, cpu_binding, cpu_depthwise, cpu_kernels, cpu_pointwise, cpu_rows
 from spherify.functional.filters import filter_shape
 
 
@@ -139,6 +139,26 @@ OPERATORS: dict[
             torch.empty_like(x),
             response.new_empty((2, response.shape[1])),
         ),
+    ),
+    "pointwise": (
+        "(Tensor x, Tensor weight, Tensor? k, str operator, float fixed_k, float eps) -> (Tensor, Tensor, Tensor)",
+        cpu_pointwise.respond,
+        lambda x, weight, *_: (
+            cpu_pointwise.like_rows(x, weight.shape[0]),
+            x.new_empty(x.numel() // x.shape[1]),
+            x.new_empty(weight.shape[0]),
+        ),
+    ),
+    "pointwise_backward": (
+        "(Tensor gradient, Tensor response, Tensor x, Tensor weight, Tensor norms, Tensor lengths, Tensor? k, "
+        "str operator, float fixed_k, bool[4] by) -> (Tensor, Tensor, Tensor, Tensor)",
+        cpu_pointwise.respond_backward,
+        lambda _, __, x, weight, *others: cpu_pointwise.shapes_of_gradients(x, weight, others[-1]),
+    ),
+    "pointwise_by_filters": (
+        "(Tensor by_product, Tensor x, Tensor weight, Tensor lengths) -> Tensor",
+        cpu_pointwise.by_filters,
+        lambda _, x, weight, __: x.new_empty(weight.shape),
     ),
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spherify.functional import blocks, cpu_binding, cpu_depthwise
+from spherify.functional import blocks, cpu_binding, cpu_depthwise, cpu_pointwise
 from spherify.functional.cosine import (
     CONVOLUTIONS,
     factors_and_lengths,
@@ -38,6 +38,12 @@ def are_here() -> bool:
     return cpu_binding.library() is not None
 
 
+@torch.compiler.assume_constant_result
+def multiply() -> bool:
+    """Whether they find the product of matrices that torch has; asked while a graph is made."""
+    return cpu_pointwise.sgemm() is not None
+
+
 @functools.cache
 def tell_inductor_the_layout() -> None:
     """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
@@ -57,8 +63,22 @@ def tell_inductor_the_layout() -> None:
         # which would take the place of one that is only added.
         make_fallback(getattr(ours, name).default, layout_constraint=as_the_response, warn=False)
 
+    def in_rows(_: Any, *tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Activations as positions side by side, and weights as filter after filter."""
+        orders = {2: [1, 0], 4: [3, 0, 2, 1]}
+        given = (
+            ir.ExternKernel.require_stride_order(one, orders[len(one.get_size())])
+            if isinstance(one, ir.TensorBox) and len(one.get_size()) in orders
+            else one
+            for one in tensors
+        )
+        return tuple(given), {}
 
-def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
+    for name in ("pointwise", "pointwise_backward", "pointwise_by_filters"):
+        make_fallback(getattr(ours, name).default, layout_constraint=in_rows, warn=False)
+
+
+def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> bool:
     """Whether a layer is to go this way: its training is being compiled, on the CPU in float32, and its kind gains."""
     if not torch.compiler.is_dynamo_compiling() or is_exporting() or torch._C._are_functorch_transforms_active():
         return False
@@ -68,8 +88,9 @@ def serves(x: Tensor, weight: Tensor, operator: str, groups: int) -> bool:
         return False
     if type_of_product(x, weight) != torch.float32 or x.numel() == 0 or x.dim() > 4 or x.dim() != weight.dim():
         return False
+    groups = window.get("groups", 1)
     is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
-    return is_kind and are_here()
+    return (is_kind or is_pointwise(weight, window)) and are_here() and (is_kind or multiply())
 
 
 def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
@@ -87,6 +108,16 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     return 1 < groups == x.shape[1] == weight.shape[0]
 
 
+def is_pointwise(weight: Tensor, window: dict[str, Any]) -> bool:
+    """Whether a layer is a product of matrices, but for its stride: linear, or 1x1 on maps without padding."""
+    if weight.dim() != 4:
+        return weight.dim() == 2
+    if window["groups"] != 1 or weight.shape[2] != 1 or weight.shape[3] != 1:
+        return False
+    axes = (per_axis(window[name], 2, name) for name in ("stride", "dilation"))
+    return not any(map(any, padding_at_both_ends(window["padding"], weight.shape[2:], *axes)))
+
+
 def response(
     x: Tensor, weight: Tensor, operator: str, k: float | Tensor | None, eps: float, window: dict[str, Any]
 ) -> Tensor:
@@ -96,6 +127,10 @@ def response(
         window: stride, padding, dilation, groups and padding_mode; empty for linear layers.
     """
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
+    if is_pointwise(weight, window) and multiply():
+        steps = per_axis(window["stride"], 2, "stride") if window else (1, 1)
+        x = x if steps == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
+        return PointwiseResponse.apply(x, weight, soft, operator, number, eps)
     if weight.dim() == 2:
         multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
         inverse = torch.rsqrt((x * x).sum(1, keepdim=True) + eps)
@@ -133,6 +168,35 @@ class Response(torch.autograd.Function):
         response, inverse, length, k = ctx.saved_tensors
         product, along, sums = ours.respond_backward(gradient, response, inverse, length, k, ctx.operator, ctx.fixed_k)
         return product, along / inverse, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None
+
+
+class PointwiseResponse(torch.autograd.Function):
+    """The whole of a linear layer or a 1x1 convolution, with its product, but for gain and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, eps: float
+    ) -> Tensor:
+        response, norms, lengths = ours.pointwise(x, weight, k, operator, fixed_k, eps)
+        ctx.save_for_backward(response, x, weight, norms, lengths, k)
+        ctx.operator, ctx.fixed_k = operator, fixed_k
+        return response
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        response, x, weight, norms, lengths, k = ctx.saved_tensors
+        needs_x, needs_weight, needs_k = ctx.needs_input_grad[:3]
+        # A linear layer's gradient by a large weight is a step of its own, which the compiler puts off until other
+        # layers' activations are freed; as those of the plain layer are.
+        is_late = needs_weight and x.dim() == 2 and x.numel() + response.numel() < weight.numel()
+        by = [needs_x, is_late, needs_weight and not is_late, needs_k]
+        by_x, by_product, by_weight, sums = ours.pointwise_backward(
+            gradient, response, x, weight, norms, lengths, k, ctx.operator, ctx.fixed_k, by
+        )
+        if is_late:
+            by_weight = ours.pointwise_by_filters(by_product, x, weight, lengths)
+        by_k = k_gradient(sums, k, needs_k)
+        return by_x if needs_x else None, by_weight if needs_weight else None, by_k, None, None, None
 
 
 class DepthwiseResponse(torch.autograd.Function):

@@ -27,7 +27,7 @@ def plain_sphere(
         # can take, and copy them number by number.
         rows = plain_sphere(x.reshape(-1, x.shape[-1]), weight, bias, operator, k, eps, gain, window)
         return rows.view(*x.shape[:-1], filters)
-    if in_graphs.serves(x, weight, operator, window.get("groups", 1)):
+    if in_graphs.serves(x, weight, operator, window):
         if isinstance(k, Tensor):
             per_filter(k, filters, 0, "k")
         return with_gain_and_bias(in_graphs.response(x, weight, operator, k, eps, window), gain, bias, filters, dims)

@@ -1,0 +1,162 @@
+"""Linear layers and 1x1 convolutions on channels-last maps by one call each way, as compiled graphs make it.
+
+Products of matrices are torch's own BLAS's. Response and gradients are computed while some rows are in the cache: but
+for the response, which the gradient reads, nothing goes through memory that would not in the plain layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int, c_long, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spherify.functional import cpu_binding
+from spherify.functional.cpu_binding import CODES
+from spherify.functional.cpu_kernels import by_filter, checked, guard_of
+
+NUMBERS = 1 << 17  # of products that are computed before they become responses: half of a core's second-level cache
+LEAST_ROWS = 512  # with fewer, reading the filters again would cost more than is saved
+
+
+class Pointwise(ctypes.Structure):
+    """As in cpu_pointwise.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("sgemm", "x", "weight", "gradient", "saved", "k", "norms", "lengths")),
+        *((name, c_void_p) for name in ("out", "by_product", "by_weight", "sums")),
+        *((name, c_long) for name in ("rows", "channels", "filters", "some")),
+        *((name, c_float) for name in ("eps", "fixed_k", "guard", "step")),
+        *((name, c_int) for name in ("operator", "threads")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    kernels = cpu_binding.library()
+    assert kernels is not None
+    for name in ("respond", "backward", "by_filters", "check"):
+        getattr(kernels, f"pointwise_{name}").argtypes = (c_void_p,)
+    return kernels
+
+
+@functools.cache
+def sgemm() -> int | None:
+    """The address of the product of matrices in torch's library, or None where it shows none or another."""
+    if cpu_binding.library() is None:
+        return None
+    for path in Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"):
+        try:
+            address = ctypes.cast(ctypes.CDLL(str(path)).sgemm_, c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        if address is not None and library().pointwise_check(address) == 0:
+            return address
+    return None
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """(N, C) or (N, C, H, W) with what belongs to a position side by side; a copy where it does not lie so."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def like_rows(x: Tensor, channels: int) -> Tensor:
+    """Empty, with as many images and positions as ``x``, and so laid out that ``in_rows`` copies nothing."""
+    shape, layout = (
+        (x.shape[0], channels, *x.shape[2:]),
+        torch.contiguous_format if x.dim() == 2 else torch.channels_last,
+    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def described(
+    x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, norms: Tensor, lengths: Tensor
+) -> Pointwise:
+    filters, channels = weight.shape[:2]
+    rows = x.numel() // channels
+    return Pointwise(
+        sgemm=sgemm(),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        k=None if k is None else k.data_ptr(),
+        norms=norms.data_ptr(),
+        lengths=lengths.data_ptr(),
+        rows=rows,
+        channels=channels,
+        filters=filters,
+        some=min(rows, max(LEAST_ROWS, NUMBERS // filters)),
+        fixed_k=fixed_k,
+        guard=guard_of(operator),
+        step=torch.finfo(torch.float32).eps,
+        operator=CODES[operator],
+        threads=cpu_binding.threads_for(rows * max(filters, channels)),
+    )
+
+
+def respond(
+    x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The response, 1 / |row| at each position, (R,), and 1 / |filter|, (O,).
+
+    Args:
+        x: (N, C) or (N, C, H, W).
+        weight: (O, C) or (O, C, 1, 1).
+    """
+    x, weight, k = in_rows(x), in_rows(weight), by_filter(k, weight.shape[0])
+    out, norms, lengths = like_rows(x, len(weight)), x.new_empty(x.numel() // x.shape[1]), x.new_empty(len(weight))
+    layer = described(x, weight, k, operator, fixed_k, norms, lengths)
+    layer.out, layer.eps = out.data_ptr(), eps
+    checked(library().pointwise_respond(ctypes.byref(layer)))
+    return out, norms, lengths
+
+
+def respond_backward(
+    gradient: Tensor,
+    response: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norms: Tensor,
+    lengths: Tensor,
+    k: Tensor | None,
+    operator: str,
+    fixed_k: float,
+    by: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by input, product and weight, and (2, O): with the response, and for k.
+
+    Args:
+        by: which of the four are wanted; the others are empty. With that by the product, the one by the weight is
+            left to ``by_filters``.
+    """
+    gradient, response, x, rows = map(in_rows, (gradient, response, x, weight))
+    k = by_filter(k, len(rows))
+    found = shapes_of_gradients(x, weight, by)
+    layer = described(x, rows, k, operator, fixed_k, norms, lengths)
+    layer.gradient, layer.saved = gradient.data_ptr(), response.data_ptr()
+    places = (one.data_ptr() if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
+    layer.out, layer.by_product, layer.by_weight, layer.sums = places
+    checked(library().pointwise_backward(ctypes.byref(layer)))
+    return found
+
+
+def shapes_of_gradients(x: Tensor, weight: Tensor, by: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    filters, channels = weight.shape[:2]
+    return (
+        like_rows(x, channels) if by[0] else x.new_empty(0),
+        like_rows(x, filters) if by[1] else x.new_empty(0),
+        x.new_empty(weight.shape if by[2] else 0),
+        x.new_empty((2, filters) if by[3] else 0),
+    )
+
+
+def by_filters(by_product: Tensor, x: Tensor, weight: Tensor, lengths: Tensor) -> Tensor:
+    """The gradient by the weight, without what it has along each filter."""
+    by_product, x, rows = map(in_rows, (by_product, x, weight))
+    layer = described(x, rows, None, "cosine", 0.0, lengths, lengths)
+    out = x.new_empty(weight.shape)
+    layer.by_product, layer.by_weight = by_product.data_ptr(), out.data_ptr()
+    checked(library().pointwise_by_filters(ctypes.byref(layer)))
+    return out
