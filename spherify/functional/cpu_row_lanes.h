@@ -1,0 +1,211 @@
+/* Responses of rows and their gradients sixteen filters at a time (AVX-512), in one pass. Where k is a number, by polynomials
+   fitted to it; else vectors near the equator by short polynomials, each of the others at once by the functions of
+   cpu_vectors.h. As cpu_kernels.c says. */
+
+/* An operator with a k that is a number, fitted by fits.py. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`,
+   far(sqrt((1 - |c|) / 2)) beyond. Of the response r: slope(r^2), and r along(r^2), slope times cosine, up to r^2 = `limit`;
+   r cosine(r^2) up to `reach`. */
+enum { NEAR_FIT = 7, FAR_FIT = 9, SLOPE_FIT = 7, COSINE_FIT = 11 };
+typedef struct Fit {
+    float edge, limit, reach, near[NEAR_FIT], far[FAR_FIT], slope[SLOPE_FIT], along[SLOPE_FIT], cosine[COSINE_FIT];
+} Fit;
+
+#ifdef __AVX512F__
+INLINE __m512 series(__m512 x, const float *terms, const int count) {
+    __m512 sum = lanes(terms[count - 1]);
+    for (int t = count - 2; t >= 0; t--) sum = plus(sum, x, terms[t]);
+    return sum;
+}
+
+/* Any cosine's response. */
+INLINE __m512 response_fitted(__m512 cosine, const Fit *fit, float guard) {
+    __m512 c = within_lanes(cosine, guard), z = _mm512_mul_ps(c, c), near = _mm512_mul_ps(c, series(z, fit->near, NEAR_FIT));
+    __mmask16 is_far = _mm512_cmp_ps_mask(z, lanes(fit->edge), _CMP_GT_OQ);
+    __m512 half = _mm512_fnmadd_ps(_mm512_abs_ps(c), lanes(0.5f), lanes(0.5f));
+    __m512 far = series(_mm512_sqrt_ps(half), fit->far, FAR_FIT);
+    return _mm512_mask_or_ps(near, is_far, far, _mm512_and_ps(c, lanes(-0.0f)));
+}
+
+INLINE __m512 inverse_at(const float *inverse, long o, __m512 shared, __mmask16 taken, const int is_depthwise) {
+    return is_depthwise ? _mm512_maskz_loadu_ps(taken, inverse + o) : shared;
+}
+
+INLINE __m512 cosines_at(const float *product, const float *inverse, const float *length, long o, __m512 shared,
+                         __mmask16 taken, const int is_depthwise) {
+    __m512 norm = inverse_at(inverse, o, shared, taken, is_depthwise);
+    __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, product + o), norm);
+    return _mm512_mul_ps(c, _mm512_maskz_loadu_ps(taken, length + o));
+}
+
+/* A vector is far if one of its cosines is; of depthwise layers, where so many are that branches would be mispredicted, a row.
+   A NaN is far. */
+INLINE void respond_fitted(const float *product, float *restrict out, const float *inverse, const float *length,
+                           long filters, float guard, const Fit *fit, const int is_depthwise) {
+    const __m512 shared = lanes(inverse[0]), edge = lanes(fit->edge);
+    __mmask16 far = 0;
+    for (long o = 0; o < filters && is_depthwise; o += 16) {
+        __m512 c = cosines_at(product, inverse, length, o, shared, first_of(filters - o), is_depthwise);
+        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(c, c), edge, _CMP_NLE_UQ);
+    }
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 c = cosines_at(product, inverse, length, o, shared, taken, is_depthwise), z = _mm512_mul_ps(c, c), r;
+        if (!is_depthwise) far = _mm512_cmp_ps_mask(z, edge, _CMP_NLE_UQ);
+        if (far) r = response_fitted(c, fit, guard);
+        else r = _mm512_mul_ps(c, series(z, fit->near, NEAR_FIT));
+        _mm512_mask_storeu_ps(out + o, taken, r);
+    }
+}
+
+INLINE void respond_learned(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
+                            const int is_depthwise) {
+    const float *length = e->length, *steeps = e->steep, *rises = e->rise;
+    const __m512 shared = lanes(inverse[0]);
+    float guard = e->guard;
+    long filters = e->filters;
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 c = cosines_at(product, inverse, length, o, shared, taken, is_depthwise);
+        __m512 steep = _mm512_maskz_loadu_ps(taken, steeps + o), rise = _mm512_maskz_loadu_ps(taken, rises + o);
+        if (is_depthwise) { /* few of whose vectors are all near */
+            _mm512_mask_storeu_ps(out + o, taken, sigmoids_of(c, guard, steep, rise));
+            continue;
+        }
+        __m512 z = _mm512_mul_ps(c, c), p = plus(lanes(4.2163199048e-2f), z, 2.4181311049e-2f); /* asin_near */
+        p = plus(plus(plus(p, z, 4.5470025998e-2f), z, 7.4953002686e-2f), z, 1.6666752422e-1f);
+        __m512 y = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_mul_ps(c, z), p, c), steep), square = _mm512_mul_ps(y, y);
+        __mmask16 far = _mm512_cmp_ps_mask(z, lanes(NEAR * NEAR), _CMP_NLE_UQ)
+                        | _mm512_cmp_ps_mask(square, lanes(NEAR_TANH * NEAR_TANH), _CMP_NLE_UQ);
+        __m512 r;
+        if (__builtin_expect(far == 0, 1)) { /* tanh_near */
+            p = plus(plus(lanes(1.3039542439e-3f), square, -6.8600425168e-3f), square, 2.0904114399e-2f);
+            p = plus(plus(plus(p, square, -5.3721485140e-2f), square, 1.3330359892e-1f), square, -3.3333212176e-1f);
+            r = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, square), p, y), rise);
+        } else r = sigmoids_of(c, guard, steep, rise);
+        _mm512_mask_storeu_ps(out + o, taken, r);
+    }
+}
+
+/* What a vector of gradients by the product, `slope`, and cosine times slope, `a`, leave behind. */
+#define LEAVE(SLOPE, A)                                                                                              \
+    do {                                                                                                             \
+        __m512 norm = inverse_at(inverse, o, shared, taken, is_depthwise);                                           \
+        __m512 factor = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, length + o), norm);                               \
+        _mm512_mask_storeu_ps(product + o, taken, _mm512_mul_ps(SLOPE, factor));                                     \
+        if (is_depthwise) _mm512_mask_storeu_ps(inverse + o, taken, _mm512_mul_ps(A, _mm512_mul_ps(norm, norm)));    \
+        else sum = _mm512_add_ps(sum, A);                                                                            \
+    } while (0)
+
+INLINE float backward_fitted(const float *gradient, const float *saved, float *restrict inverse, float *restrict product,
+                             const Elementwise *e, const Fit *fit, const int operator, const int is_depthwise) {
+    const float *length = e->length;
+    const __m512 shared = lanes(inverse[0]), limit = lanes(fit->limit), reach = lanes(fit->reach);
+    float guard = e->guard, step = e->step, end = 1.0f, flat = 1.0f, rate = TWO_OVER_PI;
+    if (operator == SIGMOID) end = e->end[0], flat = 1.0f / e->steep[0], rate = e->steep[0] / end;
+    __m512 sum = _mm512_setzero_ps();
+    __mmask16 far = 0;
+    long filters = e->filters;
+    for (long o = 0; o < filters && is_depthwise; o += 16) {
+        __m512 r = _mm512_maskz_loadu_ps(first_of(filters - o), saved + o);
+        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(r, r), limit, _CMP_NLE_UQ);
+    }
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 g = _mm512_maskz_loadu_ps(taken, gradient + o), r = _mm512_maskz_loadu_ps(taken, saved + o);
+        __m512 z = _mm512_mul_ps(r, r), slope, a;
+        if (!is_depthwise) far = _mm512_cmp_ps_mask(z, limit, _CMP_NLE_UQ);
+        if (!far) {
+            slope = _mm512_mul_ps(g, series(z, fit->slope, SLOPE_FIT));
+            a = _mm512_mul_ps(_mm512_mul_ps(g, r), series(z, fit->along, SLOPE_FIT));
+        } else if (_mm512_cmp_ps_mask(z, reach, _CMP_NLE_UQ) == 0) {
+            __m512 c = _mm512_mul_ps(r, series(z, fit->cosine, COSINE_FIT)), left = _mm512_fnmadd_ps(c, c, lanes(1.0f));
+            slope = _mm512_mul_ps(_mm512_mul_ps(g, lanes(rate)), inverse_root_of(left));
+            if (operator == SIGMOID) slope = _mm512_mul_ps(slope, _mm512_fnmadd_ps(z, lanes(end * end), lanes(1.0f)));
+            a = _mm512_mul_ps(slope, c);
+        } else {
+            Slopes found = slopes_at(r, g, operator, guard, step, lanes(end), lanes(flat), lanes(rate));
+            slope = found.slope;
+            a = _mm512_mul_ps(found.slope, found.cosine);
+        }
+        LEAVE(slope, a);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+INLINE float backward_learned(const float *gradient, const float *saved, float *restrict inverse, float *restrict product,
+                              float *restrict part, const Elementwise *e, const Near *n, const int for_k,
+                              const int is_depthwise) {
+    const float *length = e->length, *ends = e->end, *flats = n->flat, *rates = n->rate;
+    const __m512 shared = lanes(inverse[0]);
+    float guard = e->guard, step = e->step;
+    __m512 sum = _mm512_setzero_ps();
+    long filters = e->filters;
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o);
+        __m512 g = _mm512_maskz_loadu_ps(taken, gradient + o), r = _mm512_maskz_loadu_ps(taken, saved + o);
+        __m512 end = _mm512_maskz_loadu_ps(taken, ends + o), flat = _mm512_maskz_loadu_ps(taken, flats + o);
+        __m512 rate = _mm512_maskz_loadu_ps(taken, rates + o);
+        __m512 t = _mm512_mul_ps(r, end), z = _mm512_mul_ps(t, t), p = plus(lanes(2.4474643171e-1f), z, -3.4449916333e-2f);
+        p = plus(plus(plus(p, z, 1.2165009975e-1f), z, 1.0694789141e-1f), z, 1.4311957359e-1f);
+        p = plus(plus(p, z, 1.9999387860e-1f), z, 3.3333334327e-1f);
+        __m512 found = _mm512_fmadd_ps(_mm512_mul_ps(t, z), p, t), angle = _mm512_mul_ps(found, flat);
+        __m512 square = _mm512_mul_ps(angle, angle), slope, a, rise;
+        __mmask16 far = _mm512_cmp_ps_mask(z, lanes(NEAR_ATANH * NEAR_ATANH), _CMP_NLE_UQ)
+                        | _mm512_cmp_ps_mask(square, lanes(NEAR_SECANT * NEAR_SECANT), _CMP_NLE_UQ);
+        if (__builtin_expect(far == 0, 1)) {
+            rise = _mm512_fnmadd_ps(z, g, g);
+            p = plus(plus(lanes(6.3238609582e-3f), square, 1.3622355182e-3f), square, 1.5972269699e-2f);
+            p = plus(plus(plus(p, square, 3.3864121884e-2f), square, 8.4776110947e-2f), square, 2.0833112299e-1f);
+            p = plus(plus(p, square, 5.0e-1f), square, 1.0f);
+            slope = _mm512_mul_ps(_mm512_mul_ps(rise, rate), p);
+            p = plus(plus(lanes(2.7557319224e-6f), square, -1.9841269841e-4f), square, 8.3333333333e-3f);
+            p = plus(p, square, -1.6666666667e-1f);
+            a = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_mul_ps(angle, square), p, angle), slope);
+        } else {
+            Slopes given = slopes_at(r, g, SIGMOID, guard, step, end, flat, rate);
+            slope = given.slope;
+            a = _mm512_mul_ps(given.slope, given.cosine);
+            rise = given.rise;
+            found = given.angle;
+        }
+        LEAVE(slope, a);
+        if (!for_k) continue;
+        _mm512_mask_storeu_ps(part + o, taken, _mm512_fmadd_ps(g, r, _mm512_maskz_loadu_ps(taken, part + o)));
+        float *own = part + filters + o;
+        _mm512_mask_storeu_ps(own, taken, _mm512_fmadd_ps(rise, found, _mm512_maskz_loadu_ps(taken, own)));
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+#undef LEAVE
+#endif
+
+INLINE int respond_by_lanes(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
+                            const int operator, const int is_depthwise) {
+#ifdef __AVX512F__
+    if (operator != COSINE && e->fit != NULL)
+        respond_fitted(product, out, inverse, e->length, e->filters, e->guard, e->fit, is_depthwise);
+    else if (operator == SIGMOID) respond_learned(product, out, inverse, e, is_depthwise);
+    else return 0;
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+INLINE int backward_by_lanes(const float *gradient, const float *saved, float *inverse, float *product, float *part,
+                             const Elementwise *e, const Near *n, const int is_depthwise, float *along) {
+#ifdef __AVX512F__
+    if (e->operator == LINEAR && e->fit != NULL)
+        *along = backward_fitted(gradient, saved, inverse, product, e, e->fit, LINEAR, is_depthwise);
+    else if (e->operator == SIGMOID && e->fit != NULL && part == NULL)
+        *along = backward_fitted(gradient, saved, inverse, product, e, e->fit, SIGMOID, is_depthwise);
+    else if (e->operator == SIGMOID && part == NULL)
+        *along = backward_learned(gradient, saved, inverse, product, NULL, e, n, 0, is_depthwise);
+    else if (e->operator == SIGMOID)
+        *along = backward_learned(gradient, saved, inverse, product, part, e, n, 1, is_depthwise);
+    else return 0;
+    return 1;
+#else
+    return 0;
+#endif
+}
