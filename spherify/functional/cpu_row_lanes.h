@@ -5,7 +5,7 @@
 /* An operator with a k that is a number, fitted by fits.py. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`,
    far(sqrt((1 - |c|) / 2)) beyond. Of the response r: slope(r^2), and r along(r^2), slope times cosine, up to r^2 = `limit`;
    r cosine(r^2) up to `reach`. */
-enum { NEAR_FIT = 7, FAR_FIT = 9, SLOPE_FIT = 7, COSINE_FIT = 11 };
+enum { GROUP = 4, NEAR_FIT = 7, FAR_FIT = 9, SLOPE_FIT = 7, COSINE_FIT = 11 };
 typedef struct Fit {
     float edge, limit, reach, near[NEAR_FIT], far[FAR_FIT], slope[SLOPE_FIT], along[SLOPE_FIT], cosine[COSINE_FIT];
 } Fit;
@@ -37,24 +37,36 @@ INLINE __m512 cosines_at(const float *product, const float *inverse, const float
     return _mm512_mul_ps(c, _mm512_maskz_loadu_ps(taken, length + o));
 }
 
-/* A vector is far if one of its cosines is; of depthwise layers, where so many are that branches would be mispredicted, a row.
-   A NaN is far. */
+/* Some vectors of a row: all by the short polynomial, or none. A NaN is far. */
+INLINE void respond_some(const float *product, float *restrict out, const float *inverse, const float *length, long first,
+                         long filters, float guard, const Fit *fit, const int vectors, const int is_depthwise) {
+    __m512 c[GROUP], shared = lanes(inverse[0]);
+    __mmask16 far = 0, taken = first_of(filters - first - 16 * (vectors - 1));
+    for (int v = 0; v < vectors; v++) {
+        c[v] = cosines_at(product, inverse, length, first + 16 * v, shared, v < vectors - 1 ? 0xffff : taken, is_depthwise);
+        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(c[v], c[v]), lanes(fit->edge), _CMP_NLE_UQ);
+    }
+    if (far) {
+        for (int v = 0; v < vectors; v++)
+            _mm512_mask_storeu_ps(out + first + 16 * v, v < vectors - 1 ? 0xffff : taken, response_fitted(c[v], fit, guard));
+    } else {
+        for (int v = 0; v < vectors; v++) {
+            __m512 r = _mm512_mul_ps(c[v], series(_mm512_mul_ps(c[v], c[v]), fit->near, NEAR_FIT));
+            _mm512_mask_storeu_ps(out + first + 16 * v, v < vectors - 1 ? 0xffff : taken, r);
+        }
+    }
+}
+
 INLINE void respond_fitted(const float *product, float *restrict out, const float *inverse, const float *length,
                            long filters, float guard, const Fit *fit, const int is_depthwise) {
-    const __m512 shared = lanes(inverse[0]), edge = lanes(fit->edge);
-    __mmask16 far = 0;
-    for (long o = 0; o < filters && is_depthwise; o += 16) {
-        __m512 c = cosines_at(product, inverse, length, o, shared, first_of(filters - o), is_depthwise);
-        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(c, c), edge, _CMP_NLE_UQ);
-    }
-    for (long o = 0; o < filters; o += 16) {
-        __mmask16 taken = first_of(filters - o);
-        __m512 c = cosines_at(product, inverse, length, o, shared, taken, is_depthwise), z = _mm512_mul_ps(c, c), r;
-        if (!is_depthwise) far = _mm512_cmp_ps_mask(z, edge, _CMP_NLE_UQ);
-        if (far) r = response_fitted(c, fit, guard);
-        else r = _mm512_mul_ps(c, series(z, fit->near, NEAR_FIT));
-        _mm512_mask_storeu_ps(out + o, taken, r);
-    }
+    long first = 0;
+#define SOME(VECTORS) respond_some(product, out, inverse, length, first, filters, guard, fit, VECTORS, is_depthwise)
+    for (; filters - first > 16 * (GROUP - 1); first += 16 * GROUP) SOME(GROUP);
+    long left = (filters - first + 15) / 16;
+    if (left == 3) SOME(3);
+    else if (left == 2) SOME(2);
+    else if (left == 1) SOME(1);
+#undef SOME
 }
 
 /* For |x| <= EDGE; the greatest relative error of the polynomial is 8.0e-8. */
