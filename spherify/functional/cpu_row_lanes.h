@@ -118,39 +118,65 @@ INLINE void respond_learned(const float *product, float *restrict out, const flo
         else sum = _mm512_add_ps(sum, along);                                                                        \
     } while (0)
 
+/* The operator's constants as slopes_at wants them. */
+typedef struct { float guard, step, end, flat, rate; } Constants;
+
+INLINE Slopes slopes_fitted(__m512 answer, __m512 gradient, const Fit *fit, const Constants *k, const int operator) {
+    __m512 z = _mm512_mul_ps(answer, answer);
+    if (_mm512_cmp_ps_mask(z, lanes(fit->reach), _CMP_NLE_UQ))
+        return slopes_at(answer, gradient, operator, k->guard, k->step, lanes(k->end), lanes(k->flat), lanes(k->rate));
+    Slopes found = {.cosine = _mm512_mul_ps(answer, series(z, fit->cosine, COSINE_FIT))};
+    found.slope = inverse_root_of(_mm512_fnmadd_ps(found.cosine, found.cosine, lanes(1.0f)));
+    found.slope = _mm512_mul_ps(_mm512_mul_ps(gradient, lanes(k->rate)), found.slope);
+    if (operator == SIGMOID) found.slope = _mm512_mul_ps(found.slope, _mm512_fnmadd_ps(z, lanes(k->end * k->end), lanes(1.0f)));
+    return found;
+}
+
+/* Some vectors of a row. Returns the sum. */
+INLINE __m512 backward_some(const float *gradient, const float *saved, float *restrict inverse, float *restrict product,
+                            const float *length, long first, long filters, const Fit *fit, const Constants *k, __m512 sum,
+                            const int vectors, const int operator, const int is_depthwise) {
+    const __m512 shared = lanes(inverse[0]);
+    __mmask16 far = 0, last = first_of(filters - first - 16 * (vectors - 1));
+    __m512 answers[GROUP];
+    for (int v = 0; v < vectors; v++) {
+        answers[v] = _mm512_maskz_loadu_ps(v < vectors - 1 ? 0xffff : last, saved + first + 16 * v);
+        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(answers[v], answers[v]), lanes(fit->limit), _CMP_NLE_UQ);
+    }
+    for (int v = 0; v < vectors && far; v++) {
+        long o = first + 16 * v;
+        __mmask16 taken = v < vectors - 1 ? 0xffff : last;
+        Slopes found = slopes_fitted(answers[v], _mm512_maskz_loadu_ps(taken, gradient + o), fit, k, operator);
+        LEAVE(found.slope, _mm512_mul_ps(found.slope, found.cosine));
+    }
+    for (int v = 0; v < vectors && !far; v++) {
+        long o = first + 16 * v;
+        __mmask16 taken = v < vectors - 1 ? 0xffff : last;
+        __m512 g = _mm512_maskz_loadu_ps(taken, gradient + o), z = _mm512_mul_ps(answers[v], answers[v]);
+        __m512 a = _mm512_mul_ps(_mm512_mul_ps(g, answers[v]), series(z, fit->along, SLOPE_FIT));
+        LEAVE(_mm512_mul_ps(g, series(z, fit->slope, SLOPE_FIT)), a);
+    }
+    return sum;
+}
+
 INLINE float backward_fitted(const float *gradient, const float *saved, float *restrict inverse, float *restrict product,
-                             const Elementwise *e, const Fit *fit, const int operator, const int is_depthwise) {
+                             const Elementwise *e, const int operator, const int is_depthwise) {
+    const int is_linear = operator == LINEAR;
+    const Constants k = {e->guard, e->step, is_linear ? 1.0f : e->end[0], is_linear ? 1.0f : 1.0f / e->steep[0],
+                         is_linear ? TWO_OVER_PI : e->steep[0] / e->end[0]};
     const float *length = e->length;
-    const __m512 shared = lanes(inverse[0]), limit = lanes(fit->limit), reach = lanes(fit->reach);
-    float guard = e->guard, step = e->step, end = 1.0f, flat = 1.0f, rate = TWO_OVER_PI;
-    if (operator == SIGMOID) end = e->end[0], flat = 1.0f / e->steep[0], rate = e->steep[0] / end;
+    const Fit *fit = e->fit;
     __m512 sum = _mm512_setzero_ps();
-    __mmask16 far = 0;
-    long filters = e->filters;
-    for (long o = 0; o < filters && is_depthwise; o += 16) {
-        __m512 r = _mm512_maskz_loadu_ps(first_of(filters - o), saved + o);
-        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(r, r), limit, _CMP_NLE_UQ);
-    }
-    for (long o = 0; o < filters; o += 16) {
-        __mmask16 taken = first_of(filters - o);
-        __m512 g = _mm512_maskz_loadu_ps(taken, gradient + o), r = _mm512_maskz_loadu_ps(taken, saved + o);
-        __m512 z = _mm512_mul_ps(r, r), slope, a;
-        if (!is_depthwise) far = _mm512_cmp_ps_mask(z, limit, _CMP_NLE_UQ);
-        if (!far) {
-            slope = _mm512_mul_ps(g, series(z, fit->slope, SLOPE_FIT));
-            a = _mm512_mul_ps(_mm512_mul_ps(g, r), series(z, fit->along, SLOPE_FIT));
-        } else if (_mm512_cmp_ps_mask(z, reach, _CMP_NLE_UQ) == 0) {
-            __m512 c = _mm512_mul_ps(r, series(z, fit->cosine, COSINE_FIT)), left = _mm512_fnmadd_ps(c, c, lanes(1.0f));
-            slope = _mm512_mul_ps(_mm512_mul_ps(g, lanes(rate)), inverse_root_of(left));
-            if (operator == SIGMOID) slope = _mm512_mul_ps(slope, _mm512_fnmadd_ps(z, lanes(end * end), lanes(1.0f)));
-            a = _mm512_mul_ps(slope, c);
-        } else {
-            Slopes found = slopes_at(r, g, operator, guard, step, lanes(end), lanes(flat), lanes(rate));
-            slope = found.slope;
-            a = _mm512_mul_ps(found.slope, found.cosine);
-        }
-        LEAVE(slope, a);
-    }
+    long first = 0, filters = e->filters;
+#define SOME(VECTORS)                                                                                               \
+    sum = backward_some(gradient, saved, inverse, product, length, first, filters, fit, &k, sum, VECTORS, operator, \
+                        is_depthwise)
+    for (; filters - first > 16 * (GROUP - 1); first += 16 * GROUP) SOME(GROUP);
+    long left = (filters - first + 15) / 16;
+    if (left == 3) SOME(3);
+    else if (left == 2) SOME(2);
+    else if (left == 1) SOME(1);
+#undef SOME
     return _mm512_reduce_add_ps(sum);
 }
 
@@ -212,9 +238,9 @@ INLINE int backward_by_lanes(const float *gradient, const float *saved, float *i
                              const Elementwise *e, const Near *n, const int is_depthwise, float *along) {
 #ifdef __AVX512F__
     if (e->operator == LINEAR && e->fit != NULL)
-        *along = backward_fitted(gradient, saved, inverse, product, e, e->fit, LINEAR, is_depthwise);
+        *along = backward_fitted(gradient, saved, inverse, product, e, LINEAR, is_depthwise);
     else if (e->operator == SIGMOID && e->fit != NULL && part == NULL)
-        *along = backward_fitted(gradient, saved, inverse, product, e, e->fit, SIGMOID, is_depthwise);
+        *along = backward_fitted(gradient, saved, inverse, product, e, SIGMOID, is_depthwise);
     else if (e->operator == SIGMOID && part == NULL)
         *along = backward_learned(gradient, saved, inverse, product, NULL, e, n, 0, is_depthwise);
     else if (e->operator == SIGMOID)
