@@ -37,6 +37,13 @@ INLINE __m512 cosines_at(const float *product, const float *inverse, const float
     return _mm512_mul_ps(c, _mm512_maskz_loadu_ps(taken, length + o));
 }
 
+/* SOME(vectors) for a whole row, from its `first` filter on. */
+#define EACH_GROUP                                                                      \
+    for (; filters - first > 16 * (GROUP - 1); first += 16 * GROUP) SOME(GROUP);        \
+    if (filters - first > 32) SOME(3);                                                  \
+    else if (filters - first > 16) SOME(2);                                             \
+    else if (filters > first) SOME(1);
+
 /* Some vectors of a row: all by the short polynomial, or none. A NaN is far. */
 INLINE void respond_some(const float *product, float *restrict out, const float *inverse, const float *length, long first,
                          long filters, float guard, const Fit *fit, const int vectors, const int is_depthwise) {
@@ -61,11 +68,7 @@ INLINE void respond_fitted(const float *product, float *restrict out, const floa
                            long filters, float guard, const Fit *fit, const int is_depthwise) {
     long first = 0;
 #define SOME(VECTORS) respond_some(product, out, inverse, length, first, filters, guard, fit, VECTORS, is_depthwise)
-    for (; filters - first > 16 * (GROUP - 1); first += 16 * GROUP) SOME(GROUP);
-    long left = (filters - first + 15) / 16;
-    if (left == 3) SOME(3);
-    else if (left == 2) SOME(2);
-    else if (left == 1) SOME(1);
+    EACH_GROUP
 #undef SOME
 }
 
@@ -78,34 +81,49 @@ INLINE __m512 asin_near_lanes(__m512 x) {
     return _mm512_fmadd_ps(_mm512_mul_ps(x, z), p, x);
 }
 
-/* As tanh_lanes, by one polynomial up to 1.1, with a relative error of 8.7e-8. */
-INLINE __m512 tanh_wide(__m512 x) {
+/* For |x| <= WIDE_TANH, likewise 8.7e-8. */
+static const float WIDE_TANH = 1.1f;
+INLINE __m512 tanh_near_lanes(__m512 x) {
     __m512 z = _mm512_mul_ps(x, x), p = plus(lanes(-3.3601038740e-4f), z, 2.2520767525e-3f);
-    if (_mm512_cmp_ps_mask(z, lanes(1.21f), _CMP_GT_OQ)) return tanh_lanes(x);
     p = plus(plus(plus(p, z, -7.9243145883e-3f), z, 2.1506000310e-2f), z, -5.3898565471e-2f);
     p = plus(plus(p, z, 1.3332819939e-1f), z, -3.3333328366e-1f);
     return _mm512_fmadd_ps(_mm512_mul_ps(x, z), p, x);
 }
 
+/* As respond_some, with a k of each filter's own. */
+INLINE void respond_some_learned(const float *product, float *restrict out, const float *inverse, const float *length,
+                                 const float *steep, const float *rise, long first, long filters, float guard,
+                                 const int vectors, const int is_depthwise) {
+    __m512 x[GROUP], shared = lanes(inverse[0]);
+    __mmask16 far = 0, sharp = 0, last = first_of(filters - first - 16 * (vectors - 1));
+    for (int v = 0; v < vectors; v++) {
+        x[v] = cosines_at(product, inverse, length, first + 16 * v, shared, v < vectors - 1 ? 0xffff : last, is_depthwise);
+        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(x[v], x[v]), lanes(EDGE * EDGE), _CMP_NLE_UQ);
+    }
+    for (int v = 0; v < vectors && far; v++) x[v] = asin_lanes(within_lanes(x[v], guard));
+    for (int v = 0; v < vectors && !far; v++) x[v] = asin_near_lanes(x[v]);
+    for (int v = 0; v < vectors; v++) {
+        x[v] = _mm512_mul_ps(x[v], _mm512_maskz_loadu_ps(v < vectors - 1 ? 0xffff : last, steep + first + 16 * v));
+        sharp |= _mm512_cmp_ps_mask(_mm512_mul_ps(x[v], x[v]), lanes(WIDE_TANH * WIDE_TANH), _CMP_GT_OQ);
+    }
+    for (int v = 0; v < vectors && sharp; v++) x[v] = tanh_lanes(x[v]);
+    for (int v = 0; v < vectors && !sharp; v++) x[v] = tanh_near_lanes(x[v]);
+    for (int v = 0; v < vectors; v++) {
+        __mmask16 taken = v < vectors - 1 ? 0xffff : last;
+        __m512 r = _mm512_mul_ps(x[v], _mm512_maskz_loadu_ps(taken, rise + first + 16 * v));
+        _mm512_mask_storeu_ps(out + first + 16 * v, taken, r);
+    }
+}
+
 INLINE void respond_learned(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
                             const int is_depthwise) {
-    const float *length = e->length, *steeps = e->steep, *rises = e->rise;
-    const __m512 shared = lanes(inverse[0]), edge = lanes(EDGE * EDGE);
-    __mmask16 far = 0;
+    const float *length = e->length, *steep = e->steep, *rise = e->rise;
     float guard = e->guard;
-    long filters = e->filters;
-    for (long o = 0; o < filters && is_depthwise; o += 16) {
-        __m512 c = cosines_at(product, inverse, length, o, shared, first_of(filters - o), is_depthwise);
-        far |= _mm512_cmp_ps_mask(_mm512_mul_ps(c, c), edge, _CMP_NLE_UQ);
-    }
-    for (long o = 0; o < filters; o += 16) {
-        __mmask16 taken = first_of(filters - o);
-        __m512 c = cosines_at(product, inverse, length, o, shared, taken, is_depthwise);
-        __m512 steep = _mm512_maskz_loadu_ps(taken, steeps + o), rise = _mm512_maskz_loadu_ps(taken, rises + o);
-        if (!is_depthwise) far = _mm512_cmp_ps_mask(_mm512_mul_ps(c, c), edge, _CMP_NLE_UQ);
-        __m512 angle = far ? asin_lanes(within_lanes(c, guard)) : asin_near_lanes(c);
-        _mm512_mask_storeu_ps(out + o, taken, _mm512_mul_ps(tanh_wide(_mm512_mul_ps(angle, steep)), rise));
-    }
+    long first = 0, filters = e->filters;
+#define SOME(VECTORS) \
+    respond_some_learned(product, out, inverse, length, steep, rise, first, filters, guard, VECTORS, is_depthwise)
+    EACH_GROUP
+#undef SOME
 }
 
 /* Writes a vector of gradients by the product, and what belongs to the patches: cosine times slope. */
@@ -171,11 +189,7 @@ INLINE float backward_fitted(const float *gradient, const float *saved, float *r
 #define SOME(VECTORS)                                                                                               \
     sum = backward_some(gradient, saved, inverse, product, length, first, filters, fit, &k, sum, VECTORS, operator, \
                         is_depthwise)
-    for (; filters - first > 16 * (GROUP - 1); first += 16 * GROUP) SOME(GROUP);
-    long left = (filters - first + 15) / 16;
-    if (left == 3) SOME(3);
-    else if (left == 2) SOME(2);
-    else if (left == 1) SOME(1);
+    EACH_GROUP
 #undef SOME
     return _mm512_reduce_add_ps(sum);
 }

@@ -60,7 +60,7 @@ def test_as_many_terms_as_in_c():
 
 @needs_kernels
 @pytest.mark.parametrize("is_learned", [False, True], ids=["fixed", "learned"])
-@pytest.mark.parametrize("filters", [5, 16, 23, 144])
+@pytest.mark.parametrize("filters", [5, 16, 23, 40, 144])
 @each_operator
 def test_rows_are_those_of_float64_at_every_cosine(operator, k, filters, is_learned):
     if is_learned and k is None:
