@@ -1,6 +1,6 @@
-/* Responses of rows and their gradients sixteen filters at a time (AVX-512), in one pass. Where k is a number, by polynomials
-   fitted to it; else vectors near the equator by short polynomials, each of the others at once by the functions of
-   cpu_vectors.h. As cpu_kernels.c says. */
+/* Responses of rows and their gradients sixteen filters at a time (AVX-512), in one pass: where k is a number by polynomials
+   fitted to it. Four vectors near the equator take a shorter way, since a branch for each would often be mispredicted.
+   As cpu_kernels.c says. */
 
 /* An operator with a k that is a number, fitted by fits.py. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`,
    far(sqrt((1 - |c|) / 2)) beyond. Of the response r: slope(r^2), and r along(r^2), slope times cosine, up to r^2 = `limit`;
@@ -146,7 +146,8 @@ INLINE Slopes slopes_fitted(__m512 answer, __m512 gradient, const Fit *fit, cons
     Slopes found = {.cosine = _mm512_mul_ps(answer, series(z, fit->cosine, COSINE_FIT))};
     found.slope = inverse_root_of(_mm512_fnmadd_ps(found.cosine, found.cosine, lanes(1.0f)));
     found.slope = _mm512_mul_ps(_mm512_mul_ps(gradient, lanes(k->rate)), found.slope);
-    if (operator == SIGMOID) found.slope = _mm512_mul_ps(found.slope, _mm512_fnmadd_ps(z, lanes(k->end * k->end), lanes(1.0f)));
+    if (operator == LINEAR) return found;
+    found.slope = _mm512_mul_ps(found.slope, _mm512_fnmadd_ps(z, lanes(k->end * k->end), lanes(1.0f)));
     return found;
 }
 
@@ -194,8 +195,7 @@ INLINE float backward_fitted(const float *gradient, const float *saved, float *r
     return _mm512_reduce_add_ps(sum);
 }
 
-/* As slopes_at for a k of each filter's own, by one polynomial of atanh up to 0.75, with a relative error of 3.7e-8. A NaN goes
-   the other way. */
+/* As slopes_at for a k of each filter's own; by one polynomial of atanh up to 0.75, with a relative error of 3.7e-8. */
 INLINE Slopes slopes_learned(__m512 answer, __m512 gradient, float guard, float step, __m512 end, __m512 flat, __m512 rate) {
     __m512 t = _mm512_mul_ps(answer, end), z = _mm512_mul_ps(t, t);
     if (_mm512_cmp_ps_mask(z, lanes(0.5625f), _CMP_NLE_UQ))
