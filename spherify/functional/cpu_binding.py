@@ -47,6 +47,7 @@ class Elementwise(ctypes.Structure):
         *((name, c_long) for name in ("curves", "images", "filters", "positions", "groups")),
         *((name, c_float) for name in ("guard", "step", "low", "high")),
         *((name, c_int) for name in ("operator", "channels_last", "is_gelu", "threads")),
+        ("fit", c_void_p),  # of rows, where k is a number
     )
 
 
@@ -78,6 +79,7 @@ def library() -> ctypes.CDLL | None:
             "curves",
             "folded",
             "convolve",
+            "row_lanes",
             "rows",
             "pointwise",
             "depthwise",

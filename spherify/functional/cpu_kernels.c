@@ -20,6 +20,7 @@ typedef struct {
     long curves, images, filters, positions, groups;
     float guard, step, low, high;
     int operator, channels_last, is_gelu, threads; /* `is_gelu`: of what comes out, besides */
+    const struct Fit *fit; /* see cpu_row_lanes.h; NULL where there is none */
 } Elementwise;
 
 INLINE float finish(float response, float gain, float bias, float low, float high) {

@@ -8,32 +8,6 @@ typedef struct {
     float *sums; /* (2, O): of the gradient with the response, and for k; NULL where they are not wanted */
 } Rows;
 
-/* All filters at one position; depthwise: each filter has a norm of its own. */
-INLINE void respond_to_row(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
-                           const int operator, const int is_depthwise) {
-    const float *length = e->length, *steep = e->steep;
-    long filters = e->filters;
-    float guard = e->guard;
-    if (operator == COSINE) {
-#pragma omp simd
-        for (long o = 0; o < filters; o++)
-            out[o] = within(product[o] * inverse[is_depthwise ? o : 0] * length[o], guard);
-        return;
-    }
-    for (long first = 0; first < filters; first += RUN) {
-        long last = filters - first < RUN ? filters : first + RUN;
-        int far = 0;
-#pragma omp simd reduction(| : far)
-        for (long o = first; o < last; o++) {
-            float c = product[o] * inverse[is_depthwise ? o : 0] * length[o];
-            out[o] = c;
-            far |= is_far(c, operator, operator == SIGMOID ? steep[o] : 1.0f);
-        }
-        if (far) respond_row(out + first, NULL, last - first, e, first, operator, 0, 1, 0);
-        else respond_row(out + first, NULL, last - first, e, first, operator, 0, 1, 1);
-    }
-}
-
 /* For |t| <= NEAR_ATANH and |angle| <= NEAR_SECANT; the greatest relative error of the polynomials is 1.3e-8. */
 static const float NEAR_ATANH = 0.6f, NEAR_SECANT = 0.8f;
 INLINE float atanh_near(float t) {
@@ -57,8 +31,39 @@ static void near_of(Near *n, const Elementwise *e, int operator) {
         int is_sigmoid = operator == SIGMOID;
         n->flat[o] = is_sigmoid ? 1.0f / e->steep[o] : HALF_PI;
         n->rate[o] = is_sigmoid ? e->steep[o] / e->end[o] : TWO_OVER_PI;
-        n->limit[o] = is_sigmoid ? least(NEAR_ATANH, tanhf(NEAR_SECANT * e->steep[o])) / e->end[o]
-                                 : NEAR_SECANT * TWO_OVER_PI;
+        n->limit[o] = NEAR_SECANT * TWO_OVER_PI;
+#ifndef __AVX512F__ /* where nothing asks for that of a sigmoid */
+        if (is_sigmoid) n->limit[o] = least(NEAR_ATANH, tanhf(NEAR_SECANT * e->steep[o])) / e->end[o];
+#endif
+    }
+}
+
+#include "cpu_row_lanes.h"
+
+/* All filters at one position; depthwise: each filter has a norm of its own. */
+INLINE void respond_to_row(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
+                           const int operator, const int is_depthwise) {
+    const float *length = e->length, *steep = e->steep;
+    long filters = e->filters;
+    float guard = e->guard;
+    if (respond_by_lanes(product, out, inverse, e, operator, is_depthwise)) return;
+    if (operator == COSINE) {
+#pragma omp simd
+        for (long o = 0; o < filters; o++)
+            out[o] = within(product[o] * inverse[is_depthwise ? o : 0] * length[o], guard);
+        return;
+    }
+    for (long first = 0; first < filters; first += RUN) {
+        long last = filters - first < RUN ? filters : first + RUN;
+        int far = 0;
+#pragma omp simd reduction(| : far)
+        for (long o = first; o < last; o++) {
+            float c = product[o] * inverse[is_depthwise ? o : 0] * length[o];
+            out[o] = c;
+            far |= is_far(c, operator, operator == SIGMOID ? steep[o] : 1.0f);
+        }
+        if (far) respond_row(out + first, NULL, last - first, e, first, operator, 0, 1, 0);
+        else respond_row(out + first, NULL, last - first, e, first, operator, 0, 1, 1);
     }
 }
 
@@ -110,6 +115,8 @@ INLINE float respond_backward_row(const float *gradient, const float *saved, flo
 
 INLINE float respond_backward_row_of(const float *gradient, const float *saved, float *inverse, float *product,
                                      float *part, const Elementwise *e, const Near *n, const int is_depthwise) {
+    float along;
+    if (backward_by_lanes(gradient, saved, inverse, product, part, e, n, is_depthwise, &along)) return along;
 #define ROW(OPERATOR, FOR_K) \
     respond_backward_row(gradient, saved, inverse, product, part, e, n, OPERATOR, FOR_K, is_depthwise)
     if (e->operator == COSINE) return ROW(COSINE, 0);

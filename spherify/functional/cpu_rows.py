@@ -12,6 +12,7 @@ from torch import Tensor
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import Elementwise
 from spherify.functional.cpu_kernels import ByFilter, checked, elementwise, guard_of
+from spherify.functional.fits import fit_of
 
 MOST_HELD = 512  # descriptions; a network has one for each shape of output
 HELD: dict[tuple[object, ...], tuple[Elementwise, list[Tensor | None]]] = {}
@@ -40,21 +41,35 @@ def library() -> ctypes.CDLL:
 def terms_of(
     product: Tensor, inverse: Tensor, operator: str, values: dict[str, ByFilter]
 ) -> tuple[Elementwise, list[Tensor | None]]:
-    """As ``elementwise``, made once for each shape where only the lengths, the first of ``values``, are a tensor."""
+    """As ``elementwise``, with polynomials where k is a number.
+
+    It is made once for each shape where only the lengths, the first of ``values``, are a tensor.
+    """
     length, *others = values.values()
     is_fixed = not any(isinstance(one, Tensor) for one in others)
     if not is_fixed or not isinstance(length, Tensor) or not is_plain(length, product):
-        return elementwise(product, inverse, operator, values, guard=guard_of(operator))
+        described, alive = elementwise(product, inverse, operator, values, guard=guard_of(operator))
+        describe_fit(described, values)
+        return described, alive
     key = (operator, *others, product.shape, inverse.shape[1], torch.get_num_threads())
     if (held := HELD.get(key)) is None:
         if len(HELD) >= MOST_HELD:
             HELD.clear()
         described, (_, _, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
+        describe_fit(described, values)
         held = HELD[key] = described, fillers
     described, fillers = held
     described = Elementwise.from_buffer_copy(described)
     described.inverse, described.length = inverse.data_ptr(), length.data_ptr()
     return described, fillers
+
+
+def describe_fit(described: Elementwise, values: dict[str, ByFilter]) -> None:
+    rise, steep = values.get("rise"), values.get("steep")
+    if isinstance(rise, Tensor) or isinstance(steep, Tensor) or rise is None:
+        return
+    if (fit := fit_of(steep, rise)) is not None:
+        described.fit = ctypes.addressof(fit)
 
 
 def is_plain(length: Tensor, product: Tensor) -> bool:

@@ -60,8 +60,7 @@ INLINE __m512 sin_lanes(__m512 x) {
 INLINE __m512 asin_lanes(__m512 x) {
     __m512 size = _mm512_abs_ps(x), half = _mm512_fnmadd_ps(size, lanes(0.5f), lanes(0.5f));
     __mmask16 is_far = _mm512_cmp_ps_mask(size, lanes(NEAR), _CMP_GT_OQ);
-    half = _mm512_max_ps(lanes(FLT_MIN), half); /* so that the root of 0 is not NaN */
-    __m512 root = _mm512_mask_mul_ps(size, is_far, half, inverse_root_of(half)), z = _mm512_mul_ps(root, root);
+    __m512 root = _mm512_mask_sqrt_ps(size, is_far, half), z = _mm512_mul_ps(root, root);
     __m512 p = plus(plus(lanes(4.2163199048e-2f), z, 2.4181311049e-2f), z, 4.5470025998e-2f);
     p = _mm512_mul_ps(plus(plus(p, z, 7.4953002686e-2f), z, 1.6666752422e-1f), z);
     __m512 found = _mm512_fmadd_ps(root, p, root);

@@ -70,8 +70,13 @@ def fitted(steepness: Tensor | None) -> Curve | None:
     return None if near is None or far is None else Curve(near, far)
 
 
-def terms_of(function: Callable[[Tensor], Tensor], end: float, count: int) -> Tensor | None:
-    """Terms (count, W) of a polynomial near ``function``, of (X, 1) numbers in [0, end] to (X, W)."""
+def terms_of(
+    function: Callable[[Tensor], Tensor], end: float, count: int, largest: float = LARGEST_ERROR
+) -> Tensor | None:
+    """Terms (count, W) of a polynomial near ``function``, of (X, 1) numbers in [0, end] to (X, W).
+
+    None if one of them departs by more than ``largest``, relative.
+    """
     options = dict(dtype=torch.float64, device="cpu")
     powers = torch.arange(count, **options)  # type: ignore[call-overload]
     nodes = (1 - torch.cos((powers + 0.5) * (math.pi / count)))[:, None] / 2
@@ -80,4 +85,4 @@ def terms_of(function: Callable[[Tensor], Tensor], end: float, count: int) -> Te
     places = torch.linspace(1e-6, 1, 257, **options)[:, None] * end  # type: ignore[call-overload]
     truth = function(places)
     error = ((places**powers) @ terms.double() - truth).abs() / truth.abs()
-    return terms.contiguous() if bool((error <= LARGEST_ERROR).all()) else None
+    return terms.contiguous() if bool((error <= largest).all()) else None
