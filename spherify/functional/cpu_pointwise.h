@@ -17,6 +17,7 @@ typedef struct {
     long rows, channels, filters, some; /* `some` rows are computed at once */
     float eps, fixed_k, guard, step;
     int operator, threads;
+    const struct Fit *fit; /* of the operator, where k is a number; or NULL */
 } Pointwise;
 
 /* (rows, columns) = first (rows, inner) second (inner, columns), either of them read as the transpose of what lies there,
@@ -44,7 +45,7 @@ INLINE Elementwise response_by(const Pointwise *d, float *terms) {
     return (Elementwise){.length = d->lengths, .steep = terms, .rise = terms + filters, .end = terms + 2 * filters,
                          .gain = terms + 3 * filters, .bias = terms + 4 * filters, .filters = filters, .groups = 1,
                          .guard = d->guard, .step = d->step, .low = -INFINITY, .high = INFINITY,
-                         .operator = d->operator, .threads = d->threads};
+                         .operator = d->operator, .threads = d->threads, .fit = d->fit};
 }
 
 int pointwise_respond(const Pointwise *d) {

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import CODES
-from spherify.functional.cpu_kernels import by_filter, checked, guard_of
+from spherify.functional.cpu_kernels import by_filter, checked, constants, guard_of
+from spherify.functional.cpu_rows import describe_fit
 
 NUMBERS = 1 << 17  # of products that are computed before they become responses: half of a core's second-level cache
 LEAST_ROWS = 512  # with fewer, reading the filters again would cost more than is saved
@@ -31,6 +32,7 @@ class Pointwise(ctypes.Structure):
         *((name, c_long) for name in ("rows", "channels", "filters", "some")),
         *((name, c_float) for name in ("eps", "fixed_k", "guard", "step")),
         *((name, c_int) for name in ("operator", "threads")),
+        ("fit", c_void_p),
     )
 
 
@@ -77,7 +79,7 @@ def described(
 ) -> Pointwise:
     filters, channels = weight.shape[:2]
     rows = x.numel() // channels
-    return Pointwise(
+    layer = Pointwise(
         sgemm=sgemm(),
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -94,6 +96,9 @@ def described(
         operator=CODES[operator],
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
+    if k is None:
+        describe_fit(layer, constants(operator, fixed_k or None))
+    return layer
 
 
 def respond(

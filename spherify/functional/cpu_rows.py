@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def terms_of(
     return described, fillers
 
 
-def describe_fit(described: Elementwise, values: dict[str, ByFilter]) -> None:
+def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:
+    """Point a description's ``fit`` at the polynomials of these constants, if there are some."""
     rise, steep = values.get("rise"), values.get("steep")
     if isinstance(rise, Tensor) or isinstance(steep, Tensor) or rise is None:
         return

@@ -39,6 +39,11 @@ def are_here() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def pw():
+    import os
+    return os.environ.get('PW')=='1'
+
+@torch.compiler.assume_constant_result
 def multiply() -> bool:
     """Whether they find the product of matrices that torch has; asked while a graph is made."""
     return cpu_pointwise.sgemm() is not None
@@ -111,7 +116,7 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
 def is_pointwise(weight: Tensor, window: dict[str, Any]) -> bool:
     """Whether a layer is a product of matrices, but for its stride: linear, or 1x1 on maps without padding."""
     if weight.dim() != 4:
-        return weight.dim() == 2
+        return weight.dim() == 2 and pw()
     if window["groups"] != 1 or weight.shape[2] != 1 or weight.shape[3] != 1:
         return False
     axes = (per_axis(window[name], 2, name) for name in ("stride", "dilation"))
