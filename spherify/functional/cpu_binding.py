@@ -79,7 +79,9 @@ def library() -> ctypes.CDLL | None:
             "folded",
             "convolve",
             "rows",
+            "patches",
             "depthwise",
+            "depthwise_gradient",
             "training",
         )
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)

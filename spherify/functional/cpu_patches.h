@@ -1,0 +1,162 @@
+/* Windows of single channels on channels-last maps, sixteen channels at a time: products with a filter, norms, and what
+   gradients by the input are made of. Rows come with zeros beside them. As cpu_kernels.c says. */
+
+enum { BLOCK = 16, MOST_FIXED = 49 };
+typedef float Block __attribute__((vector_size(BLOCK * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+INLINE Block block_at(const float *from) { return *(const Block *)from; }
+
+INLINE Block inverse_root_of_block(Block energy, float eps) {
+#ifdef __AVX512F__
+    return (Block)inverse_root((__m512)(energy + eps), 1.0f);
+#else
+    for (int i = 0; i < BLOCK; i++) energy[i] = 1.0f / sqrtf(energy[i] + eps);
+    return energy;
+#endif
+}
+
+/* Rows of a map that are needed at once, zeros beside them; the i-th lies at i modulo `many`. */
+typedef struct {
+    float *numbers;
+    const float *zeros; /* what stands for a row outside of the map */
+    long many, columns, left, wide;
+} Band;
+
+/* Numbers from one column to the next: whole blocks, of which an odd number does not meet itself in the cache. */
+INLINE long wide_of(long channels) { return ((channels + BLOCK - 1) / BLOCK | 1) * BLOCK; }
+
+INLINE long numbers_of(const Band *b) { return b->many * b->columns * b->wide; }
+
+INLINE float *row_of(const Band *b, long row) { return b->numbers + row % b->many * b->columns * b->wide; }
+
+/* A window of `many` rows of `size` columns, each `gap` from the last, and the next patch `step` on. */
+typedef struct { long many, size, step, gap; } Shape;
+enum { PRODUCTS, NORMS, GRADIENT };
+
+typedef struct {
+    const float *const *rows; /* of the window */
+    const float *const *others; /* whose sum over the window is wanted in place of the squares' */
+    const float *x;
+    float *to, *norms;
+    long first, wide, count; /* where the first patch begins, from one column to the next, patches */
+    long apart, taken; /* from one place of `to`, `norms` and `x` to the next, and how many channels are there */
+    float eps;
+} Along;
+
+/* For `count` patches from `place` on, the product with a filter, and the sum over the window of squares, or of others. */
+INLINE void tile(const Along *a, const Block *weight, long place, const Shape s, const int kind, const long count,
+                 Block *product, Block *total) {
+    const long reach = (count - 1) * s.step + s.size;
+    Block column[16];
+#pragma GCC unroll 4
+    for (long t = 0; t < count; t++) product[t] = total[t] = (Block){0};
+    if (count == 1) {
+        for (long u = 0; u < s.many; u++) {
+            for (long v = 0; v < s.size; v++) {
+                Block one = block_at(a->rows[u] + place + v * s.gap * a->wide);
+                if (kind == GRADIENT) total[0] += block_at(a->others[u] + place + v * s.gap * a->wide);
+                else total[0] += one * one;
+                if (kind != NORMS) product[0] += one * weight[u * s.size + v];
+            }
+        }
+        return;
+    }
+#pragma GCC unroll 16
+    for (long j = 0; j < reach; j++) column[j] = (Block){0};
+    for (long u = 0; u < s.many; u++) {
+        const float *from = a->rows[u] + place, *other = kind == GRADIENT ? a->others[u] + place : NULL;
+#pragma GCC unroll 16
+        for (long j = 0; j < reach; j++) {
+            Block one = block_at(from + j * a->wide);
+            if (kind == GRADIENT) column[j] += block_at(other + j * a->wide);
+            else column[j] += one * one;
+#pragma GCC unroll 4
+            for (long t = 0; t < count; t++)
+                if (kind != NORMS && j >= t * s.step && j < t * s.step + s.size)
+                    product[t] += one * weight[u * s.size + j - t * s.step];
+        }
+    }
+#pragma GCC unroll 4
+    for (long t = 0; t < count; t++) {
+#pragma GCC unroll 8
+        for (long v = 0; v < s.size; v++) total[t] += column[t * s.step + v];
+    }
+}
+
+INLINE void put_patch(const Along *a, long q, Block product, Block total, const int kind) {
+    long place = q * a->apart;
+    if (kind == GRADIENT) *(Block *)(a->to + place) = product - block_at(a->x + place) * total;
+    else *(Block *)(a->norms + place) = inverse_root_of_block(total, a->eps);
+    if (kind == PRODUCTS) *(Block *)(a->to + place) = product;
+}
+
+/* As put_patch, of the gradient's last channels where they fill no block. */
+INLINE void put_few(const Along *a, long q, Block product, Block total) {
+    for (long c = 0, place = q * a->apart; c < a->taken; c++) a->to[place + c] = product[c] - a->x[place + c] * total[c];
+}
+
+INLINE void along_row(const Along *along, const Block *weight, const Shape s, const int kind, const int is_fixed) {
+    Block own[MOST_FIXED], product[4], total[4];
+    const Along a = *along;
+    const int is_few = kind == GRADIENT && a.taken < BLOCK;
+    long q = 0;
+    if (is_fixed && kind != NORMS) {
+#pragma GCC unroll 49
+        for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
+    }
+    for (; is_fixed && !is_few && q + 4 <= a.count; q += 4) {
+        tile(&a, own, a.first + q * s.step * a.wide, s, kind, 4, product, total);
+#pragma GCC unroll 4
+        for (long t = 0; t < 4; t++) put_patch(&a, q + t, product[t], total[t], kind);
+    }
+    for (; q < a.count; q++) {
+        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, 1, product, total);
+        if (is_few) put_few(&a, q, product[0], total[0]);
+        else put_patch(&a, q, product[0], total[0], kind);
+    }
+}
+
+INLINE int is_shape(const Shape *s, long many, long size, long step) {
+    return s->many == many && s->size == size && s->step == step && s->gap == 1;
+}
+
+#define ALONG(MANY, SIZE, STEP) \
+    if (is_shape(&s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1)
+
+/* Products and norms of a row of patches. */
+static void products_of_row(const Along *a, const Block *weight, Shape s) {
+#define KIND PRODUCTS
+    ALONG(3, 3, 1);
+    else ALONG(3, 3, 2);
+    else ALONG(5, 5, 1);
+    else ALONG(5, 5, 2);
+    else ALONG(7, 7, 1);
+    else along_row(a, weight, s, KIND, 0);
+#undef KIND
+}
+
+static void norms_of_row(const Along *a, Shape s) {
+    const Block *weight = NULL;
+#define KIND NORMS
+    ALONG(3, 3, 1);
+    else ALONG(3, 3, 2);
+    else ALONG(5, 5, 1);
+    else ALONG(5, 5, 2);
+    else ALONG(7, 7, 1);
+    else along_row(a, weight, s, KIND, 0);
+#undef KIND
+}
+
+/* What a row of the input gets of the products' gradients by `weight`, less itself times the sum of `others`. */
+static void gradient_of_row(const Along *a, const Block *weight, Shape s) {
+#define KIND GRADIENT
+    ALONG(3, 3, 1);
+    else ALONG(2, 2, 1);
+    else ALONG(2, 1, 1);
+    else ALONG(1, 2, 1);
+    else ALONG(1, 1, 1);
+    else ALONG(5, 5, 1);
+    else ALONG(7, 7, 1);
+    else along_row(a, weight, s, KIND, 0);
+#undef KIND
+}
