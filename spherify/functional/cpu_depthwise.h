@@ -68,7 +68,7 @@ INLINE void respond_row_by_row(const float *product, const float *norms, float *
 /* out = the response of each patch's angle to its filter, before any gain and bias; `given` has no lengths. */
 int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
     long channels = w->channels, wide = wide_of(channels), taps = w->window[0] * w->window[1];
-    long size = w->height * w->width * channels, row = w->out_width * channels;
+    long line = w->width * channels, size = w->height * line, row = w->out_width * channels;
     float *packed = calloc(wide * (taps + 1), sizeof(float)), *length = packed + wide * taps;
     Elementwise response = *given, *e = &response;
     int failed = packed == NULL;
@@ -90,10 +90,13 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
             if (rows == NULL || room == NULL) continue;
             long p = task % w->out_height;
             float *out = d->out + task * row;
-            next = hold_rows(&band, d->x + task / w->out_height * size, w, p, p == 0 ? 0 : next);
+            const float *x = d->x + task / w->out_height * size;
+            next = hold_rows(&band, x, w, p, p == 0 ? 0 : next);
             rows_of_window(&band, w, p, rows);
             for (long c = 0; c < channels; c += BLOCK) {
-                Along a = {rows, NULL, NULL, product + c, norms + c, c, wide, w->out_width, wide, BLOCK, eps};
+                Along a = {rows, NULL, NULL, product + c, norms + c, c, wide, w->out_width, wide, BLOCK, eps,
+                           {ahead_of(x + next * line, w->stride[0] * line, w->out_width, c, channels),
+                            ahead_of(out, row, w->out_width, c, channels)}};
                 products_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
             }
             if (e->operator == COSINE) respond_row_by_row(product, norms, out, w, e, COSINE);

@@ -4,7 +4,7 @@
 
 /* sums[u, v] += the gradients by the products of a row, each times the pixel at (u, v) of its patch. */
 INLINE void weigh(const float *const *rows, const float *by_product, Block *sums, long first, long wide, long count,
-                  const Shape s, const int is_fixed) {
+                  const Ahead *ahead, const Shape s, const int is_fixed) {
     Block own[MOST_FIXED];
     long q = 0;
     if (!is_fixed) {
@@ -21,6 +21,8 @@ INLINE void weigh(const float *const *rows, const float *by_product, Block *sums
 #pragma GCC unroll 9
     for (long i = 0; i < s.many * s.size; i++) own[i] = sums[i];
     for (; q + 4 <= count; q += 4) {
+        fetch(ahead, q, 4, 0);
+        fetch(ahead + 1, q, 4, 0);
         const float *by = by_product + q * wide;
         Block gradient[4] = {block_at(by), block_at(by + wide), block_at(by + 2 * wide), block_at(by + 3 * wide)};
 #pragma GCC unroll 3
@@ -49,15 +51,15 @@ INLINE void weigh(const float *const *rows, const float *by_product, Block *sums
 }
 
 static void weigh_row(const float *const *rows, const float *by_product, Block *sums, long first, long wide, long count,
-                      Shape s) {
-#define WEIGH(MANY, SIZE, STEP) weigh(rows + u, by_product, sums + u * s.size, first, wide, count, (Shape){MANY, SIZE, STEP, 1}, 1)
+                      const Ahead *ahead, Shape s) {
+#define WEIGH(MANY, SIZE, STEP) weigh(rows + u, by_product, sums + u * s.size, first, wide, count, ahead, (Shape){MANY, SIZE, STEP, 1}, 1)
     long u = 0;
     if (is_shape(&s, 3, 3, 1)) WEIGH(3, 3, 1);
     else if (is_shape(&s, 3, 3, 2)) WEIGH(3, 3, 2);
     else if (is_shape(&s, s.many, 5, 1)) for (; u < s.many; u++) WEIGH(1, 5, 1);
     else if (is_shape(&s, s.many, 5, 2)) for (; u < s.many; u++) WEIGH(1, 5, 2);
     else if (is_shape(&s, s.many, 7, 1)) for (; u < s.many; u++) WEIGH(1, 7, 1);
-    else weigh(rows, by_product, sums, first, wide, count, s, 0);
+    else weigh(rows, by_product, sums, first, wide, count, ahead, s, 0);
 #undef WEIGH
 }
 
@@ -109,15 +111,11 @@ static void spread_row(const Band *products, const Band *map, const float *x, fl
                         from[(down.last - a * down.apart) * w->window[1] + over.last - b * over.apart];
             long place = (h * w->width + column) * w->channels + c, count = (w->width - column + step - 1) / step;
             Along a = {rows, others, x + place, by_x + place, NULL, first * map->wide + c, map->wide, count,
-                       step * w->channels, w->channels - c, 0.0f};
+                       step * w->channels, w->channels - c, 0.0f, {{NULL, 0}}};
+            a.ahead[1] = ahead_of(by_x + ((h + 1) * w->width + column * count) * w->channels, count * w->channels, count, c, w->channels);
             gradient_of_row(&a, weight, s);
         }
     }
-}
-
-/* What is written row by row in another order is asked for in its own. */
-INLINE void fetch_to_write(const float *to, long count) {
-    for (long i = 0; i < count; i += BLOCK) __builtin_prefetch(to + i, 1);
 }
 
 /* The gradient by the filters from its sums (threads, C / 16, U V, 16), less what it has along each filter. */
@@ -174,16 +172,17 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
         next = hold_rows(&b->band, x, w, p, next);
         rows_of_window(&b->band, w, p, b->rows);
         for (long c = 0; c < channels; c += BLOCK) {
-            Along a = {b->rows, NULL, NULL, NULL, norms + c, c, wide, w->out_width, wide, BLOCK, eps};
+            Along a = {b->rows, NULL, NULL, NULL, norms + c, c, wide, w->out_width, wide, BLOCK, eps, {ahead_of(x + next * row, w->stride[0] * row, w->out_width, c, channels)}};
             norms_of_row(&a, shape_of(w));
         }
         for (long q = 0; q < w->out_width; q++, place += channels)
             respond_backward_row_of(d->gradient + place, d->saved + place, norms + q * wide, product + q * wide,
                                     d->sums ? b->part : NULL, e, near, 1);
-        for (long c = 0; c < channels; c += BLOCK)
-            weigh_row(b->rows, product + c, (Block *)(b->weighed + c * taps), c, wide, w->out_width, shape_of(w));
+        for (long c = 0; c < channels; c += BLOCK) {
+            Ahead ahead[2] = {ahead_of(d->gradient + place, w->out_width * channels, w->out_width, c, channels), ahead_of(d->saved + place, w->out_width * channels, w->out_width, c, channels)};
+            weigh_row(b->rows, product + c, (Block *)(b->weighed + c * taps), c, wide, w->out_width, ahead, shape_of(w));
+        }
         for (; h < w->height && (h + w->padding[0] < (p + 1) * w->stride[0] || p == w->out_height - 1) && d->by_x; h++) {
-            fetch_to_write(by_x + h * row, row);
             spread_row(&b->products, &b->map, x, by_x, (const Block *)packed, b->weight, b->rows + w->window[0], w, h);
         }
     }

@@ -29,6 +29,23 @@ INLINE long numbers_of(const Band *b) { return b->many * b->columns * b->wide; }
 
 INLINE float *row_of(const Band *b, long row) { return b->numbers + row % b->many * b->columns * b->wide; }
 
+/* Numbers that will be needed, asked for while there is something to compute: `each` of them a patch. */
+typedef struct { const float *from; long each; } Ahead;
+
+/* The share of a block of channels in `count` numbers. */
+INLINE Ahead ahead_of(const float *from, long count, long patches, long c, long channels) {
+    long each = (count * BLOCK / channels / patches + BLOCK - 1) / BLOCK * BLOCK;
+    return (Ahead){from + c / BLOCK * patches * each, each};
+}
+
+INLINE void fetch(const Ahead *a, long q, const long count, const int is_written) {
+    const float *from = a->from + q * a->each;
+    for (long i = 0; i < count * a->each; i += BLOCK) {
+        if (is_written) __builtin_prefetch(from + i, 1);
+        else __builtin_prefetch(from + i, 0);
+    }
+}
+
 /* A window of `many` rows of `size` columns, each `gap` from the last, and the next patch `step` on. */
 typedef struct { long many, size, step, gap; } Shape;
 enum { PRODUCTS, NORMS, GRADIENT };
@@ -41,6 +58,7 @@ typedef struct {
     long first, wide, count; /* where the first patch begins, from one column to the next, patches */
     long apart, taken; /* from one place of `to`, `norms` and `x` to the next, and how many channels are there */
     float eps;
+    Ahead ahead[2];
 } Along;
 
 /* For `count` patches from `place` on, the product with a filter, and the sum over the window of squares, or of others. */
@@ -105,11 +123,15 @@ INLINE void along_row(const Along *along, const Block *weight, const Shape s, co
         for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
     }
     for (; is_fixed && !is_few && q + 4 <= a.count; q += 4) {
+        if (kind != GRADIENT) fetch(&a.ahead[0], q, 4, 0);
+        if (kind != NORMS) fetch(&a.ahead[1], q, 4, 1);
         tile(&a, own, a.first + q * s.step * a.wide, s, kind, 4, product, total);
 #pragma GCC unroll 4
         for (long t = 0; t < 4; t++) put_patch(&a, q + t, product[t], total[t], kind);
     }
     for (; q < a.count; q++) {
+        if (kind != GRADIENT) fetch(&a.ahead[0], q, 1, 0);
+        if (kind != NORMS) fetch(&a.ahead[1], q, 1, 1);
         tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, 1, product, total);
         if (is_few) put_few(&a, q, product[0], total[0]);
         else put_patch(&a, q, product[0], total[0], kind);
