@@ -48,7 +48,9 @@ def shape_of_response(x: Tensor, weight: Tensor, window: Windowed) -> list[int]:
     axes = zip(x.shape[2:], weight.shape[2:], *window, strict=True)
     outs = [(size + 2 * pad - gap * (taken - 1) - 1) // step + 1 for size, taken, step, pad, gap in axes]
     if any(out < 1 for out in outs):
-        raise RuntimeError(f"Kernel size {tuple(weight.shape[2:])} can't be greater than the padded input {tuple(x.shape[2:])}.")
+        raise RuntimeError(
+            f"Kernel size {tuple(weight.shape[2:])} can't be greater than the padded input {tuple(x.shape[2:])}."
+        )
     return [x.shape[0], x.shape[1], *outs]
 
 
