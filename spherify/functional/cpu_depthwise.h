@@ -94,13 +94,16 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
             next = hold_rows(&band, x, w, p, p == 0 ? 0 : next);
             rows_of_window(&band, w, p, rows);
             for (long c = 0; c < channels; c += BLOCK) {
-                Along a = {rows, NULL, NULL, product + c, norms + c, c, wide, w->out_width, wide, BLOCK, eps,
-                           {ahead_of(x + next * line, w->stride[0] * line, w->out_width, c, channels),
-                            ahead_of(out, row, w->out_width, c, channels)}};
-                products_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
+                Along a = {.rows = rows, .length = length + c, .norms = norms + c, .first = c, .wide = wide,
+                           .count = w->out_width, .apart = channels, .taken = channels - c, .eps = eps};
+                a.ahead[0] = ahead_of(x + next * line, w->stride[0] * line, w->out_width, c, channels);
+                a.ahead[1] = ahead_of(out, row, w->out_width, c, channels);
+                a.to = e->operator == COSINE ? out + c : product + c;
+                if (e->operator == COSINE) cosines_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
+                else products_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
             }
-            if (e->operator == COSINE) respond_row_by_row(product, norms, out, w, e, COSINE);
-            else if (e->operator == LINEAR) respond_row_by_row(product, norms, out, w, e, LINEAR);
+            if (e->operator == COSINE) continue;
+            if (e->operator == LINEAR) respond_row_by_row(product, norms, out, w, e, LINEAR);
             else respond_row_by_row(product, norms, out, w, e, SIGMOID);
         }
         free(room);

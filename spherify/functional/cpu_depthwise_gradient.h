@@ -110,9 +110,11 @@ static void spread_row(const Band *products, const Band *map, const float *x, fl
                     weight[a * over.many + b] =
                         from[(down.last - a * down.apart) * w->window[1] + over.last - b * over.apart];
             long place = (h * w->width + column) * w->channels + c, count = (w->width - column + step - 1) / step;
-            Along a = {rows, others, x + place, by_x + place, NULL, first * map->wide + c, map->wide, count,
-                       step * w->channels, w->channels - c, 0.0f, {{NULL, 0}}};
-            a.ahead[1] = ahead_of(by_x + ((h + 1) * w->width + column * count) * w->channels, count * w->channels, count, c, w->channels);
+            Along a = {.rows = rows, .others = others, .x = x + place, .to = by_x + place, .wide = map->wide,
+                       .first = first * map->wide + c, .count = count, .apart = step * w->channels,
+                       .taken = w->channels - c};
+            const float *below = by_x + ((h + 1) * w->width + column * count) * w->channels;
+            a.ahead[1] = ahead_of(below, count * w->channels, count, c, w->channels);
             gradient_of_row(&a, weight, s);
         }
     }
@@ -172,14 +174,21 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
         next = hold_rows(&b->band, x, w, p, next);
         rows_of_window(&b->band, w, p, b->rows);
         for (long c = 0; c < channels; c += BLOCK) {
-            Along a = {b->rows, NULL, NULL, NULL, norms + c, c, wide, w->out_width, wide, BLOCK, eps, {ahead_of(x + next * row, w->stride[0] * row, w->out_width, c, channels)}};
-            norms_of_row(&a, shape_of(w));
+            Along a = {.rows = b->rows, .gradient = d->gradient + place + c, .saved = d->saved + place + c,
+                       .length = e->length + c, .to = product + c, .norms = norms + c, .first = c, .wide = wide,
+                       .count = w->out_width, .apart = channels, .taken = channels - c, .eps = eps};
+            a.ahead[0] = ahead_of(x + next * row, w->stride[0] * row, w->out_width, c, channels);
+            if (e->operator == COSINE) by_cosines_of_row(&a, NULL, shape_of(w));
+            else norms_of_row(&a, NULL, shape_of(w));
         }
-        for (long q = 0; q < w->out_width; q++, place += channels)
-            respond_backward_row_of(d->gradient + place, d->saved + place, norms + q * wide, product + q * wide,
-                                    d->sums ? b->part : NULL, e, near, 1);
+        for (long q = 0; q < w->out_width && e->operator != COSINE; q++)
+            respond_backward_row_of(d->gradient + place + q * channels, d->saved + place + q * channels, norms + q * wide,
+                                    product + q * wide, d->sums ? b->part : NULL, e, near, 1);
+        place += w->out_width * channels; /* the next row's */
         for (long c = 0; c < channels; c += BLOCK) {
-            Ahead ahead[2] = {ahead_of(d->gradient + place, w->out_width * channels, w->out_width, c, channels), ahead_of(d->saved + place, w->out_width * channels, w->out_width, c, channels)};
+            long outputs = w->out_width * channels;
+            Ahead ahead[2] = {ahead_of(d->gradient + place, outputs, w->out_width, c, channels),
+                              ahead_of(d->saved + place, outputs, w->out_width, c, channels)};
             weigh_row(b->rows, product + c, (Block *)(b->weighed + c * taps), c, wide, w->out_width, ahead, shape_of(w));
         }
         for (; h < w->height && (h + w->padding[0] < (p + 1) * w->stride[0] || p == w->out_height - 1) && d->by_x; h++) {

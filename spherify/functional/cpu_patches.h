@@ -48,22 +48,25 @@ INLINE void fetch(const Ahead *a, long q, const long count, const int is_written
 
 /* A window of `many` rows of `size` columns, each `gap` from the last, and the next patch `step` on. */
 typedef struct { long many, size, step, gap; } Shape;
-enum { PRODUCTS, NORMS, GRADIENT };
+
+/* What becomes of a patch: its product and norm; the cosine's response; its norm; with the cosine, the gradient by the
+   product and what it has along the patch, times the norm squared; what a pixel gets from the patches that hold it. */
+enum { PRODUCTS, COSINES, NORMS, BY_COSINES, GRADIENT };
 
 typedef struct {
     const float *const *rows; /* of the window */
     const float *const *others; /* whose sum over the window is wanted in place of the squares' */
-    const float *x;
+    const float *x, *gradient, *saved, *length; /* the input, the gradient by the response, the response, by filter */
     float *to, *norms;
     long first, wide, count; /* where the first patch begins, from one column to the next, patches */
-    long apart, taken; /* from one place of `to`, `norms` and `x` to the next, and how many channels are there */
+    long apart, taken; /* from one place of a tensor to the next, and how many channels are there */
     float eps;
-    Ahead ahead[2];
+    Ahead ahead[2]; /* to be read, and to be written */
 } Along;
 
 /* For `count` patches from `place` on, the product with a filter, and the sum over the window of squares, or of others. */
-INLINE void tile(const Along *a, const Block *weight, long place, const Shape s, const int kind, const long count,
-                 Block *product, Block *total) {
+INLINE void tile(const Along *a, const Block *weight, long place, const Shape s, const int kind, const int has_product,
+                 const long count, Block *product, Block *total) {
     const long reach = (count - 1) * s.step + s.size;
     Block column[16];
 #pragma GCC unroll 4
@@ -74,7 +77,7 @@ INLINE void tile(const Along *a, const Block *weight, long place, const Shape s,
                 Block one = block_at(a->rows[u] + place + v * s.gap * a->wide);
                 if (kind == GRADIENT) total[0] += block_at(a->others[u] + place + v * s.gap * a->wide);
                 else total[0] += one * one;
-                if (kind != NORMS) product[0] += one * weight[u * s.size + v];
+                if (has_product) product[0] += one * weight[u * s.size + v];
             }
         }
         return;
@@ -90,7 +93,7 @@ INLINE void tile(const Along *a, const Block *weight, long place, const Shape s,
             else column[j] += one * one;
 #pragma GCC unroll 4
             for (long t = 0; t < count; t++)
-                if (kind != NORMS && j >= t * s.step && j < t * s.step + s.size)
+                if (has_product && j >= t * s.step && j < t * s.step + s.size)
                     product[t] += one * weight[u * s.size + j - t * s.step];
         }
     }
@@ -101,40 +104,58 @@ INLINE void tile(const Along *a, const Block *weight, long place, const Shape s,
     }
 }
 
-INLINE void put_patch(const Along *a, long q, Block product, Block total, const int kind) {
-    long place = q * a->apart;
-    if (kind == GRADIENT) *(Block *)(a->to + place) = product - block_at(a->x + place) * total;
-    else *(Block *)(a->norms + place) = inverse_root_of_block(total, a->eps);
-    if (kind == PRODUCTS) *(Block *)(a->to + place) = product;
+INLINE Block some_at(const float *from, long taken, const int is_few) {
+    Block numbers = {0};
+    if (!is_few) return block_at(from);
+    memcpy(&numbers, from, taken * sizeof(float));
+    return numbers;
 }
 
-/* As put_patch, of the gradient's last channels where they fill no block. */
-INLINE void put_few(const Along *a, long q, Block product, Block total) {
-    for (long c = 0, place = q * a->apart; c < a->taken; c++) a->to[place + c] = product[c] - a->x[place + c] * total[c];
+INLINE void put_some(float *to, Block numbers, long taken, const int is_few) {
+    if (is_few) memcpy(to, &numbers, taken * sizeof(float));
+    else *(Block *)to = numbers;
 }
 
-INLINE void along_row(const Along *along, const Block *weight, const Shape s, const int kind, const int is_fixed) {
-    Block own[MOST_FIXED], product[4], total[4];
+INLINE void put_patch(const Along *a, long q, Block product, Block total, Block length, const int kind, const int is_few) {
+    long place = q * a->apart, taken = a->taken;
+    if (kind == GRADIENT) {
+        put_some(a->to + place, product - some_at(a->x + place, taken, is_few) * total, taken, is_few);
+        return;
+    }
+    Block norm = inverse_root_of_block(total, a->eps), *to = (Block *)(a->to + q * a->wide);
+    if (kind == COSINES) put_some(a->to + place, product * norm * length, taken, is_few);
+    else if (kind == BY_COSINES) {
+        Block by = some_at(a->gradient + place, taken, is_few);
+        *to = by * length * norm;
+        *(Block *)(a->norms + q * a->wide) = by * some_at(a->saved + place, taken, is_few) * (norm * norm);
+    } else *(Block *)(a->norms + q * a->wide) = norm;
+    if (kind == PRODUCTS) *to = product;
+}
+
+/* `is_few`: the last channels fill no block. */
+INLINE void along_row(const Along *along, const Block *weight, const Shape s, const int kind, const int is_fixed,
+                      const int is_few) {
+    const int has_product = kind == PRODUCTS || kind == COSINES || kind == GRADIENT;
+    Block own[MOST_FIXED], product[4], total[4], length = {0};
     const Along a = *along;
-    const int is_few = kind == GRADIENT && a.taken < BLOCK;
     long q = 0;
-    if (is_fixed && kind != NORMS) {
+    if (kind == COSINES || kind == BY_COSINES) length = some_at(a.length, a.taken, is_few);
+    if (is_fixed && has_product) {
 #pragma GCC unroll 49
         for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
     }
     for (; is_fixed && !is_few && q + 4 <= a.count; q += 4) {
-        if (kind != GRADIENT) fetch(&a.ahead[0], q, 4, 0);
-        if (kind != NORMS) fetch(&a.ahead[1], q, 4, 1);
-        tile(&a, own, a.first + q * s.step * a.wide, s, kind, 4, product, total);
+        fetch(&a.ahead[0], q, 4, 0);
+        fetch(&a.ahead[1], q, 4, 1);
+        tile(&a, own, a.first + q * s.step * a.wide, s, kind, has_product, 4, product, total);
 #pragma GCC unroll 4
-        for (long t = 0; t < 4; t++) put_patch(&a, q + t, product[t], total[t], kind);
+        for (long t = 0; t < 4; t++) put_patch(&a, q + t, product[t], total[t], length, kind, 0);
     }
     for (; q < a.count; q++) {
-        if (kind != GRADIENT) fetch(&a.ahead[0], q, 1, 0);
-        if (kind != NORMS) fetch(&a.ahead[1], q, 1, 1);
-        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, 1, product, total);
-        if (is_few) put_few(&a, q, product[0], total[0]);
-        else put_patch(&a, q, product[0], total[0], kind);
+        fetch(&a.ahead[0], q, 1, 0);
+        fetch(&a.ahead[1], q, 1, 1);
+        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, has_product, 1, product, total);
+        put_patch(&a, q, product[0], total[0], length, kind, is_few);
     }
 }
 
@@ -143,42 +164,54 @@ INLINE int is_shape(const Shape *s, long many, long size, long step) {
 }
 
 #define ALONG(MANY, SIZE, STEP) \
-    if (is_shape(&s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1)
+    if (is_shape(&s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1, 0)
+#define EACH_SHAPE                                                                                                        \
+    do {                                                                                                                  \
+        if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, s, KIND, 0, 1);              \
+        else ALONG(3, 3, 1);                                                                                              \
+        else ALONG(3, 3, 2);                                                                                              \
+        else ALONG(5, 5, 1);                                                                                              \
+        else ALONG(5, 5, 2);                                                                                              \
+        else ALONG(7, 7, 1);                                                                                              \
+        else along_row(a, weight, s, KIND, 0, 0);                                                                         \
+    } while (0)
 
-/* Products and norms of a row of patches. */
+/* A row of patches, of filters `weight`. */
 static void products_of_row(const Along *a, const Block *weight, Shape s) {
 #define KIND PRODUCTS
-    ALONG(3, 3, 1);
-    else ALONG(3, 3, 2);
-    else ALONG(5, 5, 1);
-    else ALONG(5, 5, 2);
-    else ALONG(7, 7, 1);
-    else along_row(a, weight, s, KIND, 0);
+    EACH_SHAPE;
 #undef KIND
 }
 
-static void norms_of_row(const Along *a, Shape s) {
-    const Block *weight = NULL;
+static void cosines_of_row(const Along *a, const Block *weight, Shape s) {
+#define KIND COSINES
+    EACH_SHAPE;
+#undef KIND
+}
+
+static void norms_of_row(const Along *a, const Block *weight, Shape s) {
 #define KIND NORMS
-    ALONG(3, 3, 1);
-    else ALONG(3, 3, 2);
-    else ALONG(5, 5, 1);
-    else ALONG(5, 5, 2);
-    else ALONG(7, 7, 1);
-    else along_row(a, weight, s, KIND, 0);
+    EACH_SHAPE;
 #undef KIND
 }
 
-/* What a row of the input gets of the products' gradients by `weight`, less itself times the sum of `others`. */
+static void by_cosines_of_row(const Along *a, const Block *weight, Shape s) {
+#define KIND BY_COSINES
+    EACH_SHAPE;
+#undef KIND
+}
+
+/* A row of the input, of what the products get by `weight`. */
 static void gradient_of_row(const Along *a, const Block *weight, Shape s) {
 #define KIND GRADIENT
-    ALONG(3, 3, 1);
+    if (a->taken < BLOCK) along_row(a, weight, s, KIND, 0, 1);
+    else ALONG(3, 3, 1);
     else ALONG(2, 2, 1);
     else ALONG(2, 1, 1);
     else ALONG(1, 2, 1);
     else ALONG(1, 1, 1);
     else ALONG(5, 5, 1);
     else ALONG(7, 7, 1);
-    else along_row(a, weight, s, KIND, 0);
+    else along_row(a, weight, s, KIND, 0, 0);
 #undef KIND
 }
