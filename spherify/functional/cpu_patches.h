@@ -144,19 +144,22 @@ INLINE void along_row(const Along *along, const Block *weight, const Shape s, co
 #pragma GCC unroll 49
         for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
     }
-    for (; is_fixed && !is_few && q + 4 <= a.count; q += 4) {
-        fetch(&a.ahead[0], q, 4, 0);
-        fetch(&a.ahead[1], q, 4, 1);
-        tile(&a, own, a.first + q * s.step * a.wide, s, kind, has_product, 4, product, total);
-#pragma GCC unroll 4
-        for (long t = 0; t < 4; t++) put_patch(&a, q + t, product[t], total[t], length, kind, 0);
+#define TILE_OF(COUNT)                                                                                                    \
+    do {                                                                                                                  \
+        fetch(&a.ahead[0], q, COUNT, 0);                                                                                  \
+        fetch(&a.ahead[1], q, COUNT, 1);                                                                                  \
+        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);    \
+        _Pragma("GCC unroll 4") for (long t = 0; t < COUNT; t++)                                                          \
+            put_patch(&a, q + t, product[t], total[t], length, kind, is_few);                                             \
+        q += COUNT;                                                                                                       \
+    } while (0)
+    while (q < a.count) {
+        long left = is_fixed && !is_few ? a.count - q : 1;
+        if (left >= 4 && left != 6) TILE_OF(4);
+        else if (left >= 3) TILE_OF(3);
+        else TILE_OF(1);
     }
-    for (; q < a.count; q++) {
-        fetch(&a.ahead[0], q, 1, 0);
-        fetch(&a.ahead[1], q, 1, 1);
-        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, has_product, 1, product, total);
-        put_patch(&a, q, product[0], total[0], length, kind, is_few);
-    }
+#undef TILE_OF
 }
 
 INLINE int is_shape(const Shape *s, long many, long size, long step) {
