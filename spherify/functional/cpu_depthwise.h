@@ -12,14 +12,15 @@ typedef struct {
     float *sums; /* (2, C): of the gradient with the response, and for k; NULL where they are not wanted */
 } Depthwise;
 
-/* Filters block by block, (C / 16, U V, 16), and 1 / |filter|. */
-static void pack_filters(const Depthwise *d, const Window *w, float eps, float *packed, float *length) {
+/* Filters block by block, (C / 16, U V, 16), for the gradient from their last number to their first, and 1 / |filter|. */
+INLINE void pack_filters(const Depthwise *d, const Window *w, float eps, float *packed, float *length,
+                         const int is_turned) {
     long taps = w->window[0] * w->window[1];
     for (long c = 0; c < w->channels; c++) {
         const float *from = d->weight + c * taps;
         float *to = packed + c / BLOCK * BLOCK * taps + c % BLOCK, energy = 0.0f;
         for (long i = 0; i < taps; i++) {
-            to[i * BLOCK] = from[i];
+            to[(is_turned ? taps - 1 - i : i) * BLOCK] = from[i];
             energy += from[i] * from[i];
         }
         length[c] = 1.0f / sqrtf(energy + eps);
@@ -50,14 +51,19 @@ INLINE long hold_rows(const Band *b, const float *x, const Window *w, long p, lo
     return next;
 }
 
-INLINE void rows_of_window(const Band *b, const Window *w, long p, const float **rows) {
+/* Gives the rows of the p-th patches' window, and which is the first of them. */
+INLINE Shape shape_at(const Band *b, const Window *w, long p, const float **rows, long *first) {
+    Shape s = {0, w->window[1], w->stride[1], w->dilation[1]};
+    *first = 0;
     for (long u = 0; u < w->window[0]; u++) {
         long h = p * w->stride[0] - w->padding[0] + u * w->dilation[0];
-        rows[u] = h < 0 || h >= w->height ? b->zeros : row_of(b, h);
+        int is_there = h >= 0 && h < w->height;
+        if (!is_there && has_any_rows(s.size)) continue;
+        if (s.many == 0) *first = u;
+        rows[s.many++] = is_there ? row_of(b, h) : b->zeros;
     }
+    return s;
 }
-
-INLINE Shape shape_of(const Window *w) { return (Shape){w->window[0], w->window[1], w->stride[1], w->dilation[1]}; }
 
 INLINE void respond_row_by_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
                                const int operator) {
@@ -69,17 +75,18 @@ INLINE void respond_row_by_row(const float *product, const float *norms, float *
 int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
     long channels = w->channels, wide = wide_of(channels), taps = w->window[0] * w->window[1];
     long line = w->width * channels, size = w->height * line, row = w->out_width * channels;
-    float *packed = calloc(wide * (taps + 1), sizeof(float)), *length = packed + wide * taps;
+    float *terms = calloc(wide * (taps + 1) + BLOCK, sizeof(float)), *packed = on_line(terms);
+    float *length = packed + wide * taps;
     Elementwise response = *given, *e = &response;
-    int failed = packed == NULL;
-    if (failed) return failed;
+    int failed = 0;
+    if (terms == NULL) return 1;
     e->length = length;
-    pack_filters(d, w, eps, packed, length);
+    pack_filters(d, w, eps, packed, length, 0);
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         Band band = band_of_input(w);
         const float **rows = malloc(w->window[0] * sizeof(float *));
-        long held = numbers_of(&band), edge = band.columns * wide, outputs = w->out_width * wide, next = 0;
+        long held = numbers_of(&band), edge = band.columns * wide, outputs = w->out_width * wide, next = 0, top;
         float *room = calloc(held + edge + 2 * outputs + BLOCK, sizeof(float));
         float *product = on_line(room), *norms = product + outputs;
         failed |= rows == NULL || room == NULL;
@@ -92,15 +99,16 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
             float *out = d->out + task * row;
             const float *x = d->x + task / w->out_height * size;
             next = hold_rows(&band, x, w, p, p == 0 ? 0 : next);
-            rows_of_window(&band, w, p, rows);
+            Shape s = shape_at(&band, w, p, rows, &top);
             for (long c = 0; c < channels; c += BLOCK) {
                 Along a = {.rows = rows, .length = length + c, .norms = norms + c, .first = c, .wide = wide,
                            .count = w->out_width, .apart = channels, .taken = channels - c, .eps = eps};
                 a.ahead[0] = ahead_of(x + next * line, w->stride[0] * line, w->out_width, c, channels);
                 a.ahead[1] = ahead_of(out, row, w->out_width, c, channels);
                 a.to = e->operator == COSINE ? out + c : product + c;
-                if (e->operator == COSINE) cosines_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
-                else products_of_row(&a, (const Block *)(packed + c * taps), shape_of(w));
+                const Block *filters = (const Block *)(packed + c * taps) + top * s.size;
+                if (e->operator == COSINE) cosines_of_row(&a, filters, &s);
+                else products_of_row(&a, filters, &s);
             }
             if (e->operator == COSINE) continue;
             if (e->operator == LINEAR) respond_row_by_row(product, norms, out, w, e, LINEAR);
@@ -109,6 +117,6 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
         free(room);
         free(rows);
     }
-    free(packed);
+    free(terms);
     return failed;
 }

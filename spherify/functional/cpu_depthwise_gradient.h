@@ -5,7 +5,7 @@
 /* sums[u, v] += the gradients by the products of a row, each times the pixel at (u, v) of its patch. */
 INLINE void weigh(const float *const *rows, const float *by_product, Block *sums, long first, long wide, long count,
                   const Ahead *ahead, const Shape s, const int is_fixed) {
-    Block own[MOST_FIXED];
+    Block own[MOST_HELD_FILTERS];
     long q = 0;
     if (!is_fixed) {
         for (long u = 0; u < s.many; u++) {
@@ -51,15 +51,16 @@ INLINE void weigh(const float *const *rows, const float *by_product, Block *sums
 }
 
 static void weigh_row(const float *const *rows, const float *by_product, Block *sums, long first, long wide, long count,
-                      const Ahead *ahead, Shape s) {
-#define WEIGH(MANY, SIZE, STEP) weigh(rows + u, by_product, sums + u * s.size, first, wide, count, ahead, (Shape){MANY, SIZE, STEP, 1}, 1)
+                      const Ahead *ahead, const Shape *s) {
+#define WEIGH(MANY, SIZE, STEP) \
+    weigh(rows + u, by_product, sums + u * s->size, first, wide, count, ahead, (Shape){MANY, SIZE, STEP, 1}, 1)
     long u = 0;
-    if (is_shape(&s, 3, 3, 1)) WEIGH(3, 3, 1);
-    else if (is_shape(&s, 3, 3, 2)) WEIGH(3, 3, 2);
-    else if (is_shape(&s, s.many, 5, 1)) for (; u < s.many; u++) WEIGH(1, 5, 1);
-    else if (is_shape(&s, s.many, 5, 2)) for (; u < s.many; u++) WEIGH(1, 5, 2);
-    else if (is_shape(&s, s.many, 7, 1)) for (; u < s.many; u++) WEIGH(1, 7, 1);
-    else weigh(rows, by_product, sums, first, wide, count, ahead, s, 0);
+    if (is_shape(s, 3, 3, 1)) WEIGH(3, 3, 1);
+    else if (is_shape(s, 3, 3, 2)) WEIGH(3, 3, 2);
+    else if (is_shape(s, s->many, 5, 1)) for (; u < s->many; u++) WEIGH(1, 5, 1);
+    else if (is_shape(s, s->many, 5, 2)) for (; u < s->many; u++) WEIGH(1, 5, 2);
+    else if (is_shape(s, s->many, 7, 1)) for (; u < s->many; u++) WEIGH(1, 7, 1);
+    else weigh(rows, by_product, sums, first, wide, count, ahead, *s, 0);
 #undef WEIGH
 }
 
@@ -89,33 +90,38 @@ INLINE Band band_of_output(const Window *w) {
 }
 
 /* A row of the input's gradient. `rows` has room for twice the window's. */
-static void spread_row(const Band *products, const Band *map, const float *x, float *by_x, const Block *packed,
+static void spread_row(const Band *products, const Band *map, const float *x, float *by_x, const Block *turned,
                        Block *weight, const float **rows, const Window *w, long h) {
     Holders down = holders_of(w, 0, h);
     const float **others = rows + w->window[0];
+    const int is_plain = w->stride[0] == 1 && w->stride[1] == 1 && has_any_rows(w->window[1]);
+    long many = 0, top = 0, taps = w->window[0] * w->window[1];
     for (long a = 0; a < down.many; a++) {
         long p = (h + w->padding[0] - (down.last - a * down.apart) * w->dilation[0]) / w->stride[0];
         int is_there = p >= 0 && p < w->out_height;
-        rows[a] = is_there ? row_of(products, p) : products->zeros;
-        others[a] = is_there ? row_of(map, p) : products->zeros;
+        if (!is_there && is_plain) continue;
+        if (many == 0) top = a;
+        rows[many] = is_there ? row_of(products, p) : products->zeros;
+        others[many++] = is_there ? row_of(map, p) : products->zeros;
     }
     for (long column = 0; column < w->stride[1] && column < w->width; column++) {
         Holders over = holders_of(w, 1, column);
         long step = w->stride[1], first = (column + w->padding[1] - over.last * w->dilation[1]) / step + products->left;
-        Shape s = {down.many, over.many, 1, over.gap};
+        Shape s = {many, over.many, 1, over.gap};
         for (long c = 0; c < w->channels; c += BLOCK) {
-            const Block *from = packed + c / BLOCK * w->window[0] * w->window[1];
-            for (long a = 0; a < down.many; a++)
+            const Block *from = turned + c / BLOCK * taps, *filters = from + top * w->window[1];
+            if (!is_plain) filters = weight;
+            for (long a = 0; a < down.many && !is_plain; a++)
                 for (long b = 0; b < over.many; b++)
                     weight[a * over.many + b] =
-                        from[(down.last - a * down.apart) * w->window[1] + over.last - b * over.apart];
+                        from[taps - 1 - (down.last - a * down.apart) * w->window[1] - over.last + b * over.apart];
             long place = (h * w->width + column) * w->channels + c, count = (w->width - column + step - 1) / step;
             Along a = {.rows = rows, .others = others, .x = x + place, .to = by_x + place, .wide = map->wide,
                        .first = first * map->wide + c, .count = count, .apart = step * w->channels,
                        .taken = w->channels - c};
             const float *below = by_x + ((h + 1) * w->width + column * count) * w->channels;
             a.ahead[1] = ahead_of(below, count * w->channels, count, c, w->channels);
-            gradient_of_row(&a, weight, s);
+            gradient_of_row(&a, filters, &s);
         }
     }
 }
@@ -168,18 +174,18 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
     long channels = w->channels, wide = b->map.wide, row = w->width * channels, taps = w->window[0] * w->window[1];
     const float *x = d->x + n * w->height * row;
     float *by_x = d->by_x + n * w->height * row;
-    for (long p = 0, h = 0, next = 0; p < w->out_height; p++) {
+    for (long p = 0, h = 0, next = 0, top; p < w->out_height; p++) {
         float *norms = row_of(&b->map, p) + b->map.left * wide, *product = row_of(&b->products, p) + b->map.left * wide;
         long place = (n * w->out_height + p) * w->out_width * channels;
         next = hold_rows(&b->band, x, w, p, next);
-        rows_of_window(&b->band, w, p, b->rows);
+        Shape s = shape_at(&b->band, w, p, b->rows, &top);
         for (long c = 0; c < channels; c += BLOCK) {
             Along a = {.rows = b->rows, .gradient = d->gradient + place + c, .saved = d->saved + place + c,
                        .length = e->length + c, .to = product + c, .norms = norms + c, .first = c, .wide = wide,
                        .count = w->out_width, .apart = channels, .taken = channels - c, .eps = eps};
             a.ahead[0] = ahead_of(x + next * row, w->stride[0] * row, w->out_width, c, channels);
-            if (e->operator == COSINE) by_cosines_of_row(&a, NULL, shape_of(w));
-            else norms_of_row(&a, NULL, shape_of(w));
+            if (e->operator == COSINE) by_cosines_of_row(&a, NULL, &s);
+            else norms_of_row(&a, NULL, &s);
         }
         for (long q = 0; q < w->out_width && e->operator != COSINE; q++)
             respond_backward_row_of(d->gradient + place + q * channels, d->saved + place + q * channels, norms + q * wide,
@@ -189,7 +195,8 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
             long outputs = w->out_width * channels;
             Ahead ahead[2] = {ahead_of(d->gradient + place, outputs, w->out_width, c, channels),
                               ahead_of(d->saved + place, outputs, w->out_width, c, channels)};
-            weigh_row(b->rows, product + c, (Block *)(b->weighed + c * taps), c, wide, w->out_width, ahead, shape_of(w));
+            Block *sums = (Block *)(b->weighed + c * taps) + top * s.size;
+            weigh_row(b->rows, product + c, sums, c, wide, w->out_width, ahead, &s);
         }
         for (; h < w->height && (h + w->padding[0] < (p + 1) * w->stride[0] || p == w->out_height - 1) && d->by_x; h++) {
             spread_row(&b->products, &b->map, x, by_x, (const Block *)packed, b->weight, b->rows + w->window[0], w, h);
@@ -201,15 +208,18 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
 int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
     long channels = w->channels, wide = wide_of(channels), all = wide * w->window[0] * w->window[1];
     double *totals = calloc((all + 2 * channels) * w->threads, sizeof(double)), *sums = totals + all * w->threads;
-    float *packed = calloc(all + 4 * channels, sizeof(float)), *length = packed + all;
+    float *terms = calloc(all + 4 * channels + BLOCK, sizeof(float)), *packed = on_line(terms), *length = packed + all;
     Near near = {length + channels, length + 2 * channels, length + 3 * channels};
     Elementwise response = *given, *e = &response;
-    int failed = totals == NULL || packed == NULL;
-    if (!failed) {
-        e->length = length;
-        pack_filters(d, w, eps, packed, length);
-        near_of(&near, e, e->operator);
+    int failed = 0;
+    if (totals == NULL || terms == NULL) {
+        free(terms);
+        free(totals);
+        return 1;
     }
+    e->length = length;
+    pack_filters(d, w, eps, packed, length, 1);
+    near_of(&near, e, e->operator);
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         Bench b;
@@ -227,9 +237,9 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *g
         free(b.room);
         free(b.rows);
     }
-    if (!failed) finish_filters(d, w, totals, length);
-    if (!failed && d->sums) add_up(sums, 2 * channels, w->threads, d->sums);
-    free(packed);
+    finish_filters(d, w, totals, length);
+    if (d->sums) add_up(sums, 2 * channels, w->threads, d->sums);
+    free(terms);
     free(totals);
     return failed;
 }

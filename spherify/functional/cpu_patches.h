@@ -1,7 +1,7 @@
 /* Windows of single channels on channels-last maps, sixteen channels at a time: products with a filter, norms, and what
    gradients by the input are made of. Rows come with zeros beside them. As cpu_kernels.c says. */
 
-enum { BLOCK = 16, MOST_FIXED = 49 };
+enum { BLOCK = 16, MOST_HELD_FILTERS = 9 };
 typedef float Block __attribute__((vector_size(BLOCK * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 INLINE Block block_at(const float *from) { return *(const Block *)from; }
@@ -136,19 +136,20 @@ INLINE void put_patch(const Along *a, long q, Block product, Block total, Block 
 INLINE void along_row(const Along *along, const Block *weight, const Shape s, const int kind, const int is_fixed,
                       const int is_few) {
     const int has_product = kind == PRODUCTS || kind == COSINES || kind == GRADIENT;
-    Block own[MOST_FIXED], product[4], total[4], length = {0};
+    const int holds = is_fixed && has_product && s.size <= 3; /* the filter in registers */
+    Block own[MOST_HELD_FILTERS], product[4], total[4], length = {0};
     const Along a = *along;
     long q = 0;
     if (kind == COSINES || kind == BY_COSINES) length = some_at(a.length, a.taken, is_few);
-    if (is_fixed && has_product) {
-#pragma GCC unroll 49
+    if (holds) {
+#pragma GCC unroll 9
         for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
     }
 #define TILE_OF(COUNT)                                                                                                    \
     do {                                                                                                                  \
         fetch(&a.ahead[0], q, COUNT, 0);                                                                                  \
         fetch(&a.ahead[1], q, COUNT, 1);                                                                                  \
-        tile(&a, is_fixed ? own : weight, a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);    \
+        tile(&a, holds ? own : weight,    a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);    \
         _Pragma("GCC unroll 4") for (long t = 0; t < COUNT; t++)                                                          \
             put_patch(&a, q + t, product[t], total[t], length, kind, is_few);                                             \
         q += COUNT;                                                                                                       \
@@ -162,59 +163,62 @@ INLINE void along_row(const Along *along, const Block *weight, const Shape s, co
 #undef TILE_OF
 }
 
+/* Whether loops over the window's rows are loops, so that rows outside of the map can be left out. */
+INLINE int has_any_rows(long size) { return size > 3; }
+
 INLINE int is_shape(const Shape *s, long many, long size, long step) {
     return s->many == many && s->size == size && s->step == step && s->gap == 1;
 }
 
 #define ALONG(MANY, SIZE, STEP) \
-    if (is_shape(&s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1, 0)
+    if (is_shape(s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1, 0)
 #define EACH_SHAPE                                                                                                        \
     do {                                                                                                                  \
-        if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, s, KIND, 0, 1);              \
+        if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);              \
         else ALONG(3, 3, 1);                                                                                              \
         else ALONG(3, 3, 2);                                                                                              \
-        else ALONG(5, 5, 1);                                                                                              \
-        else ALONG(5, 5, 2);                                                                                              \
-        else ALONG(7, 7, 1);                                                                                              \
-        else along_row(a, weight, s, KIND, 0, 0);                                                                         \
+        else ALONG(s->many, 5, 1);                                                                                         \
+        else ALONG(s->many, 5, 2);                                                                                         \
+        else ALONG(s->many, 7, 1);                                                                                         \
+        else along_row(a, weight, *s, KIND, 0, 0);                                                                         \
     } while (0)
 
 /* A row of patches, of filters `weight`. */
-static void products_of_row(const Along *a, const Block *weight, Shape s) {
+static void products_of_row(const Along *a, const Block *weight, const Shape *s) {
 #define KIND PRODUCTS
     EACH_SHAPE;
 #undef KIND
 }
 
-static void cosines_of_row(const Along *a, const Block *weight, Shape s) {
+static void cosines_of_row(const Along *a, const Block *weight, const Shape *s) {
 #define KIND COSINES
     EACH_SHAPE;
 #undef KIND
 }
 
-static void norms_of_row(const Along *a, const Block *weight, Shape s) {
+static void norms_of_row(const Along *a, const Block *weight, const Shape *s) {
 #define KIND NORMS
     EACH_SHAPE;
 #undef KIND
 }
 
-static void by_cosines_of_row(const Along *a, const Block *weight, Shape s) {
+static void by_cosines_of_row(const Along *a, const Block *weight, const Shape *s) {
 #define KIND BY_COSINES
     EACH_SHAPE;
 #undef KIND
 }
 
 /* A row of the input, of what the products get by `weight`. */
-static void gradient_of_row(const Along *a, const Block *weight, Shape s) {
+static void gradient_of_row(const Along *a, const Block *weight, const Shape *s) {
 #define KIND GRADIENT
-    if (a->taken < BLOCK) along_row(a, weight, s, KIND, 0, 1);
+    if (a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);
     else ALONG(3, 3, 1);
     else ALONG(2, 2, 1);
     else ALONG(2, 1, 1);
     else ALONG(1, 2, 1);
     else ALONG(1, 1, 1);
-    else ALONG(5, 5, 1);
-    else ALONG(7, 7, 1);
-    else along_row(a, weight, s, KIND, 0, 0);
+    else ALONG(s->many, 5, 1);
+    else ALONG(s->many, 7, 1);
+    else along_row(a, weight, *s, KIND, 0, 0);
 #undef KIND
 }
