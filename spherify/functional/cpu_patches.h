@@ -145,14 +145,14 @@ INLINE void along_row(const Along *along, const Block *weight, const Shape s, co
 #pragma GCC unroll 9
         for (long i = 0; i < s.many * s.size; i++) own[i] = weight[i];
     }
-#define TILE_OF(COUNT)                                                                                                    \
-    do {                                                                                                                  \
-        fetch(&a.ahead[0], q, COUNT, 0);                                                                                  \
-        fetch(&a.ahead[1], q, COUNT, 1);                                                                                  \
-        tile(&a, holds ? own : weight,    a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);    \
-        _Pragma("GCC unroll 4") for (long t = 0; t < COUNT; t++)                                                          \
-            put_patch(&a, q + t, product[t], total[t], length, kind, is_few);                                             \
-        q += COUNT;                                                                                                       \
+#define TILE_OF(COUNT)                                                                                                   \
+    do {                                                                                                                 \
+        fetch(&a.ahead[0], q, COUNT, 0);                                                                                 \
+        fetch(&a.ahead[1], q, COUNT, 1);                                                                                 \
+        tile(&a, holds ? own : weight,    a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);   \
+        _Pragma("GCC unroll 4") for (long t = 0; t < COUNT; t++)                                                         \
+            put_patch(&a, q + t, product[t], total[t], length, kind, is_few);                                            \
+        q += COUNT;                                                                                                      \
     } while (0)
     while (q < a.count) {
         long left = is_fixed && !is_few ? a.count - q : 1;
@@ -170,17 +170,17 @@ INLINE int is_shape(const Shape *s, long many, long size, long step) {
     return s->many == many && s->size == size && s->step == step && s->gap == 1;
 }
 
-#define ALONG(MANY, SIZE, STEP) \
+#define ALONG(MANY, SIZE, STEP)                                                                                          \
     if (is_shape(s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1, 0)
-#define EACH_SHAPE                                                                                                        \
-    do {                                                                                                                  \
-        if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);              \
-        else ALONG(3, 3, 1);                                                                                              \
-        else ALONG(3, 3, 2);                                                                                              \
-        else ALONG(s->many, 5, 1);                                                                                         \
-        else ALONG(s->many, 5, 2);                                                                                         \
-        else ALONG(s->many, 7, 1);                                                                                         \
-        else along_row(a, weight, *s, KIND, 0, 0);                                                                         \
+#define EACH_SHAPE                                                                                                       \
+    do {                                                                                                                 \
+        if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);           \
+        else ALONG(3, 3, 1);                                                                                             \
+        else ALONG(3, 3, 2);                                                                                             \
+        else ALONG(s->many, 5, 1);                                                                                       \
+        else ALONG(s->many, 5, 2);                                                                                       \
+        else ALONG(s->many, 7, 1);                                                                                       \
+        else along_row(a, weight, *s, KIND, 0, 0);                                                                       \
     } while (0)
 
 /* A row of patches, of filters `weight`. */

@@ -65,10 +65,10 @@ def depthwise(
     x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, *window_and_eps: Any
 ) -> Tensor:
     """``window_and_eps``: as in ``WINDOW``."""
+    *window, eps = window_and_eps
     soft = fixed_k or None if k is None else k
-    given, filters, *window = as_images(x, weight, *window_and_eps[:3])
-    out = cpu_depthwise.respond(given, filters, operator, soft, window, window_and_eps[3])
-    return as_given(out, x, given)
+    given, filters = as_images(x), weight.unsqueeze(2) if x.dim() == 3 else weight
+    return as_given(cpu_depthwise.respond(given, filters, operator, soft, of_images(x, window), eps), x, given)
 
 
 def depthwise_backward(
@@ -83,21 +83,21 @@ def depthwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *window, eps, needs_x = window_eps_and_need
     soft = fixed_k or None if k is None else k
-    given, filters, *axes = as_images(x, weight, *window)
-    gradient, response = (as_images(one, weight)[0] for one in (gradient, response))
+    given, filters = as_images(x), weight.unsqueeze(2) if x.dim() == 3 else weight
     by_x, by_weight, sums = cpu_depthwise.respond_backward(
-        gradient, response, given, filters, operator, soft, axes, eps, needs_x
+        as_images(gradient), as_images(response), given, filters, operator, soft, of_images(x, window), eps, needs_x
     )
     return as_given(by_x, x, given) if needs_x else by_x, by_weight.view(weight.shape), sums
 
 
-def as_images(x: Tensor, weight: Tensor, *window: list[int]) -> tuple[Any, ...]:
-    """Two dimensions, and the channels innermost, as the kernels read them."""
-    if x.dim() == 3:
-        fillers = (1, 0, 1)  # of stride, padding and dilation
-        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-        window = tuple([filler, *one] for filler, one in zip(fillers, window, strict=False))
-    return x.contiguous(memory_format=torch.channels_last), weight, *window
+def as_images(x: Tensor) -> Tensor:
+    """(N, C, H, W) with the channels innermost, as the kernels read it."""
+    return (x.unsqueeze(2) if x.dim() == 3 else x).contiguous(memory_format=torch.channels_last)
+
+
+def of_images(x: Tensor, window: list[list[int]]) -> cpu_depthwise.Windowed:
+    stride, padding, dilation = window
+    return (stride, padding, dilation) if x.dim() == 4 else ([1, *stride], [0, *padding], [1, *dilation])
 
 
 def as_given(found: Tensor, x: Tensor, given: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How compiled graphs reach the CPU's kernels: operators whose inside the compiler does not see.
 
 For what it makes much of: the responses with asin and tanh, which it would compute anew in each pass that reads them,
-and the norms of depthwise layers, which are as many as the outputs, and which it would keep for the gradient.
+and depthwise layers, whose norms are as many as the outputs and come of the patches that the convolution reads.
 """
 
 from __future__ import annotations
