@@ -81,9 +81,11 @@ def library() -> ctypes.CDLL | None:
             "convolve",
             "row_lanes",
             "rows",
-            "pointwise",
+            "patches",
             "depthwise",
+            "depthwise_gradient",
             "training",
+            "pointwise",
         )
         headers = tuple(here.with_name(f"cpu_{name}.h") for name in names)
         found = compiled(here.with_name("cpu_kernels.c"), headers)

@@ -11,41 +11,85 @@ import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
-from spherify.functional.cpu_kernels import ByFilter, checked, described_window
-from spherify.functional.cpu_rows import terms_of
+from spherify.functional.cpu_binding import Elementwise, Window
+from spherify.functional.cpu_kernels import checked, constants, elementwise, guard_of, window_of
+from spherify.functional.cpu_rows import describe_fit
 
-Windowed = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]  # window, stride, padding, dilation
+Windowed = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation
+Softness = Tensor | float | None
+
+MOST_HELD = 512  # descriptions; a network has one for each shape of input
+HELD: dict[tuple[object, ...], tuple[Window, Elementwise, list[Tensor | None]]] = {}
 
 
 class Depthwise(ctypes.Structure):
     """As in cpu_depthwise.h."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("x", "product", "gradient", "saved", "out", "by_x", "sums"))
-
-
-def takes(x: Tensor, product: Tensor) -> bool:
-    """Whether both lie with their channels innermost."""
-    return all(cpu_binding.takes(one, one.shape[1]) and cpu_binding.is_rows(one) for one in (x, product))
+    _fields_ = tuple(
+        (name, c_void_p) for name in ("x", "weight", "gradient", "saved", "out", "by_x", "by_weight", "sums")
+    )
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     kernels = cpu_binding.library()
     assert kernels is not None
-    for kernel in (kernels.depthwise_respond, kernels.depthwise_backward):
+    for kernel in (kernels.depthwise, kernels.depthwise_backward):
         kernel.argtypes = (c_void_p, c_void_p, c_void_p, c_float)
     return kernels
 
 
-def respond(
-    product: Tensor, x: Tensor, operator: str, values: dict[str, ByFilter], window: Windowed, eps: float
-) -> Tensor:
-    """The response to ``product length / |patch|``, for tensors that ``takes``; ``values`` as for ``elementwise``."""
-    out = torch.empty_like(product)
-    described, _ = described_window(x, *window, x.shape[1])
-    terms, alive = terms_of(product, product, operator, values)
-    tensors = Depthwise(x.data_ptr(), product.data_ptr(), None, None, out.data_ptr(), None, None)
-    checked(library().depthwise_respond(*map(ctypes.byref, (tensors, described, terms)), eps))
+def lies_in_rows(x: Tensor) -> bool:
+    """Whether a (N, C, H, W) can be given to the kernels: its channels lie innermost, as those of its response will."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def shape_of_response(x: Tensor, weight: Tensor, window: Windowed) -> list[int]:
+    """(N, C, P, Q)."""
+    axes = zip(x.shape[2:], weight.shape[2:], *window, strict=True)
+    outs = [(size + 2 * pad - gap * (taken - 1) - 1) // step + 1 for size, taken, step, pad, gap in axes]
+    if any(out < 1 for out in outs):
+        raise RuntimeError(
+            f"Kernel size {tuple(weight.shape[2:])} can't be greater than the padded input {tuple(x.shape[2:])}."
+        )
+    return [x.shape[0], x.shape[1], *outs]
+
+
+def described(
+    x: Tensor, like: Tensor, sizes: tuple[int, ...], operator: str, k: Softness, window: Windowed
+) -> tuple[Window, Elementwise, list[Tensor | None]]:
+    """What the kernels are told, and what must outlive them; made once for each shape where no k is learned.
+
+    Args:
+        like: of the response's shape and layout.
+        sizes: of the window.
+    """
+    stride, padding, dilation = map(tuple, window)
+    threads = cpu_binding.threads_for(x.numel())
+    key = (x.shape, sizes, stride, padding, dilation, operator, k, threads)
+    if not isinstance(k, Tensor) and (held := HELD.get(key)) is not None:
+        return held
+    frame, _ = window_of(x.shape, sizes, stride, padding, dilation, x.shape[1], True, threads)
+    values = constants(operator, k)
+    terms, alive = elementwise(like, like, operator, values, guard=guard_of(operator))
+    describe_fit(terms, values)
+    found = frame, terms, alive[1:]
+    if not isinstance(k, Tensor):
+        if len(HELD) >= MOST_HELD:
+            HELD.clear()
+        HELD[key] = found
+    return found
+
+
+def respond(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Windowed, eps: float) -> Tensor:
+    """The response, before gain and bias, of (N, C, H, W) that ``lies_in_rows`` to (C, 1, U, V): (N, C, P, Q)."""
+    out = torch.empty(
+        shape_of_response(x, weight, window), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
+    )
+    weight = weight.contiguous()
+    frame, terms, alive = described(x, out, tuple(weight.shape[2:]), operator, k, window)
+    tensors = Depthwise(x.data_ptr(), weight.data_ptr(), None, None, out.data_ptr(), None, None, None)
+    checked(library().depthwise(*map(ctypes.byref, (tensors, frame, terms)), eps))
     del alive
     return out
 
@@ -54,24 +98,31 @@ def respond_backward(
     gradient: Tensor,
     response: Tensor,
     x: Tensor,
+    weight: Tensor,
     operator: str,
-    values: dict[str, ByFilter],
+    k: Softness,
     window: Windowed,
     eps: float,
-    has_k: bool,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by product and, through the norms, input; and (2, C): with the response, and for k.
+    """The gradients by input and weight, and (2, C): sums of the gradient with the response, and for k.
 
     Args:
-        has_k: whether that last is wanted; else it is zero.
+        needs_x: whether the first is wanted; else it is empty. Likewise the sums are zero but for a learned k.
     """
     if gradient.stride() != response.stride():
         gradient = torch.empty_like(response).copy_(gradient)
-    product, by_x, sums = torch.empty_like(response), torch.empty_like(x), response.new_zeros((2, x.shape[1]))
-    described, _ = described_window(x, *window, x.shape[1])
-    terms, alive = terms_of(response, response, operator, values)
-    pointers = (tensor.data_ptr() for tensor in (gradient, response, product, by_x))
-    tensors = Depthwise(x.data_ptr(), None, *pointers, sums.data_ptr() if has_k else None)
-    checked(library().depthwise_backward(*map(ctypes.byref, (tensors, described, terms)), eps))
+    dense = weight.contiguous()
+    by_x, by_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(dense)
+    sums = response.new_zeros((2, x.shape[1]))
+    frame, terms, alive = described(x, response, tuple(weight.shape[2:]), operator, k, window)
+    tensors = Depthwise(
+        *(tensor.data_ptr() for tensor in (x, dense, gradient, response)),
+        None,
+        by_x.data_ptr() if needs_x else None,
+        by_weight.data_ptr(),
+        sums.data_ptr() if isinstance(k, Tensor) else None,
+    )
+    checked(library().depthwise_backward(*map(ctypes.byref, (tensors, frame, terms)), eps))
     del alive
-    return product, by_x, sums
+    return by_x, by_weight, sums

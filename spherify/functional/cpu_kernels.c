@@ -545,5 +545,6 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
 }
 
 #include "cpu_depthwise.h"
+#include "cpu_depthwise_gradient.h"
 #include "cpu_training.h"
 #include "cpu_pointwise.h"

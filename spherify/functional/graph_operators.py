@@ -61,54 +61,60 @@ def softness_like(k: float | Tensor | None, product: Tensor) -> float | Tensor |
     return filter_shape(k, product, product.dtype) if isinstance(k, Tensor) else k
 
 
-def depthwise_respond(
-    product: Tensor,
-    x: Tensor,
-    length: Tensor,
-    k: Tensor | None,
-    operator: str,
-    fixed_k: float,
-    *window_and_eps: Any,
+def depthwise(
+    x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, *window_and_eps: Any
 ) -> Tensor:
     """``window_and_eps``: as in ``WINDOW``."""
-    windowed: cpu_depthwise.Windowed = window_and_eps[:4]
-    eps = window_and_eps[4]
-    if cpu_depthwise.takes(x, product):
-        return cpu_depthwise.respond(product, x, operator, values_of(length, k, operator, fixed_k), windowed, eps)
-    x = readable(x)
-    inverse = cpu_kernels.patch_inverse_norm(x, *windowed, x.shape[1], eps)
-    return respond(product, inverse, length, k, operator, fixed_k)
+    *window, eps = window_and_eps
+    soft = fixed_k or None if k is None else k
+    given, filters = as_images(x), weight.unsqueeze(2) if x.dim() == 3 else weight
+    return as_given(cpu_depthwise.respond(given, filters, operator, soft, of_images(x, window), eps), x, given)
 
 
 def depthwise_backward(
     gradient: Tensor,
     response: Tensor,
     x: Tensor,
-    length: Tensor,
+    weight: Tensor,
     k: Tensor | None,
     operator: str,
     fixed_k: float,
-    *window_and_eps: Any,
+    *window_eps_and_need: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    windowed: cpu_depthwise.Windowed = window_and_eps[:4]
-    eps = window_and_eps[4]
-    if cpu_depthwise.takes(x, response):
-        values = values_of(length, k, operator, fixed_k)
-        return cpu_depthwise.respond_backward(gradient, response, x, operator, values, windowed, eps, k is not None)
-    given = readable(x)
-    inverse = cpu_kernels.patch_inverse_norm(given, *windowed, x.shape[1], eps)
-    product, along, sums = respond_backward(gradient, response, inverse, length, k, operator, fixed_k)
-    by_x = cpu_kernels.subtract_along_(torch.zeros_like(given), given, along, inverse, *windowed)
-    return product, by_x if by_x.stride() == x.stride() else torch.empty_like(x).copy_(by_x), sums
+    *window, eps, needs_x = window_eps_and_need
+    soft = fixed_k or None if k is None else k
+    given, filters = as_images(x), weight.unsqueeze(2) if x.dim() == 3 else weight
+    by_x, by_weight, sums = cpu_depthwise.respond_backward(
+        as_images(gradient), as_images(response), given, filters, operator, soft, of_images(x, window), eps, needs_x
+    )
+    return as_given(by_x, x, given) if needs_x else by_x, by_weight.view(weight.shape), sums
 
 
-def readable(x: Tensor) -> Tensor:
-    """As it is, or laid out as the kernels read it."""
-    return x if cpu_binding.takes(x, x.shape[1]) else x.contiguous()
+def as_images(x: Tensor) -> Tensor:
+    """(N, C, H, W) with the channels innermost, as the kernels read it."""
+    return (x.unsqueeze(2) if x.dim() == 3 else x).contiguous(memory_format=torch.channels_last)
 
 
-TERMS = "Tensor length, Tensor? k, str operator, float fixed_k"
-WINDOW = "int[] window, int[] stride, int[] padding, int[] dilation, float eps"
+def of_images(x: Tensor, window: list[list[int]]) -> cpu_depthwise.Windowed:
+    stride, padding, dilation = window
+    return (stride, padding, dilation) if x.dim() == 4 else ([1, *stride], [0, *padding], [1, *dilation])
+
+
+def as_given(found: Tensor, x: Tensor, given: Tensor) -> Tensor:
+    """Laid out as ``x`` is, of which ``given`` was made."""
+    if given is x:
+        return found
+    return (found.squeeze(2) if x.dim() == 3 else found).contiguous()
+
+
+def shape_of_depthwise(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    out = x.new_empty(cpu_depthwise.shape_of_response(x, weight, others[3:6]))
+    return out.contiguous(memory_format=torch.channels_last) if cpu_depthwise.lies_in_rows(x) else out
+
+
+SOFTNESS = "Tensor? k, str operator, float fixed_k"
+TERMS = f"Tensor length, {SOFTNESS}"
+WINDOW = "int[] stride, int[] padding, int[] dilation, float eps"
 OPERATORS: dict[
     str, tuple[str, Callable[..., Any], Callable[..., Any]]
 ] = {  # schema, what it does, shapes of what it gives
@@ -126,17 +132,18 @@ OPERATORS: dict[
             response.new_empty((2, response.shape[1])),
         ),
     ),
-    "depthwise_respond": (
-        f"(Tensor product, Tensor x, {TERMS}, {WINDOW}) -> Tensor",
-        depthwise_respond,
-        lambda product, *_: torch.empty_like(product),
+    "depthwise": (
+        f"(Tensor x, Tensor weight, {SOFTNESS}, {WINDOW}) -> Tensor",
+        depthwise,
+        shape_of_depthwise,
     ),
     "depthwise_backward": (
-        f"(Tensor gradient, Tensor response, Tensor x, {TERMS}, {WINDOW}) -> (Tensor, Tensor, Tensor)",
+        f"(Tensor gradient, Tensor response, Tensor x, Tensor weight, {SOFTNESS}, {WINDOW}, bool needs_x)"
+        " -> (Tensor, Tensor, Tensor)",
         depthwise_backward,
-        lambda _, response, x, *__: (
-            torch.empty_like(response),
-            torch.empty_like(x),
+        lambda _, response, x, weight, *others: (
+            torch.empty_like(x) if others[-1] else x.new_empty(0),
+            torch.empty_like(weight, memory_format=torch.contiguous_format),
             response.new_empty((2, response.shape[1])),
         ),
     ),

@@ -1,7 +1,7 @@
 """How compiled graphs reach the CPU's kernels: operators whose inside the compiler does not see.
 
 For what it makes much of: the responses with asin and tanh, which it would compute anew in each pass that reads them,
-and the norms of depthwise layers, which are as many as the outputs, and which it would keep for the gradient.
+and depthwise layers, whose norms are as many as the outputs and come of the patches that the convolution reads.
 """
 
 from __future__ import annotations
@@ -58,15 +58,21 @@ def tell_inductor_the_layout() -> None:
     except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
         return
 
+    def with_channels_innermost(x: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (ir.ExternKernel.require_stride_order(x, [3, 0, 2, 1]) if len(x.get_size()) == 4 else x, *others), {}
+
     def as_the_response(_: Any, gradient: Any, response: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(response.get_size()) == 4 and response.get_stride()[1] == 1:
             gradient = ir.ExternKernel.require_stride_order(gradient, [3, 0, 2, 1])
         return (gradient, response, *others), {}
 
-    for name in ("respond_backward", "depthwise_backward"):
+    wanted = dict(
+        respond_backward=as_the_response, depthwise=with_channels_innermost, depthwise_backward=as_the_response
+    )
+    for name, constraint in wanted.items():
         # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
         # which would take the place of one that is only added.
-        make_fallback(getattr(ours, name).default, layout_constraint=as_the_response, warn=False)
+        make_fallback(getattr(ours, name).default, layout_constraint=constraint, warn=False)
 
     def in_rows(_: Any, *tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Activations as positions side by side, and weights as filter after filter."""
@@ -145,15 +151,15 @@ def response(
     stride, dilation = (per_axis(window[name], dims, name) for name in ("stride", "dilation"))
     pads = padding_at_both_ends(window["padding"], sizes, stride, dilation)
     x, pads, padding = padded(x, pads, window["padding"], window["padding_mode"])
-    multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
-    product = CONVOLUTIONS[dims](multiplicand, multiplier, None, stride, padding, dilation, groups)
     if groups == 1:
+        multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
+        product = CONVOLUTIONS[dims](multiplicand, multiplier, None, stride, padding, dilation, groups)
         inverse = patch_inverse_norm(x, sizes, stride, pads, dilation, groups, eps)
         return Response.apply(product, inverse, length, soft, operator, number)
     if any(before != after for before, after in pads):
         x, pads = F.pad(x, flat(pads)), [(0, 0)] * dims
-    described = (list(sizes), list(stride), [before for before, _ in pads], list(dilation))
-    return DepthwiseResponse.apply(product, x, length, soft, operator, number, described, eps)
+    described = (list(stride), [before for before, _ in pads], list(dilation))
+    return DepthwiseResponse.apply(x, weight, soft, operator, number, described, eps)
 
 
 class Response(torch.autograd.Function):
@@ -205,32 +211,32 @@ class PointwiseResponse(torch.autograd.Function):
 
 
 class DepthwiseResponse(torch.autograd.Function):
-    """The same for depthwise layers, from the input itself: its norms are computed here, and for the gradient again."""
+    """The same for depthwise layers, from input and filters: product and norms are computed within, and never kept."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        product: Tensor,
         x: Tensor,
-        length: Tensor,
+        weight: Tensor,
         k: Tensor | None,
         operator: str,
         fixed_k: float,
         window: cpu_depthwise.Windowed,
         eps: float,
     ) -> Tensor:
-        response = ours.depthwise_respond(product, x, length, k, operator, fixed_k, *window, eps)
-        ctx.save_for_backward(response, x, length, k)
+        response = ours.depthwise(x, weight, k, operator, fixed_k, *window, eps)
+        ctx.save_for_backward(response, x, weight, k)
         ctx.operator, ctx.fixed_k, ctx.window, ctx.eps = operator, fixed_k, window, eps
         return response
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        response, x, length, k = ctx.saved_tensors
-        product, by_x, sums = ours.depthwise_backward(
-            gradient, response, x, length, k, ctx.operator, ctx.fixed_k, *ctx.window, ctx.eps
+        response, x, weight, k = ctx.saved_tensors
+        needs_x, _, needs_k, *_ = ctx.needs_input_grad
+        by_x, by_weight, sums = ours.depthwise_backward(
+            gradient, response, x, weight, k, ctx.operator, ctx.fixed_k, *ctx.window, ctx.eps, needs_x
         )
-        return product, by_x, None, k_gradient(sums, k, ctx.needs_input_grad[3]), None, None, None, None
+        return by_x if needs_x else None, by_weight, k_gradient(sums, k, needs_k), None, None, None, None
 
 
 def k_gradient(sums: Tensor, k: Tensor | None, is_needed: bool) -> Tensor | None:

@@ -17,7 +17,7 @@ each_operator = pytest.mark.parametrize(
     "name", ["cosine", "linear", "sigmoid-0.3", "learnable-filter", "learnable-shared"]
 )
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-OURS = ("depthwise_respond", "depthwise_backward", "respond", "respond_backward")
+OURS = ("depthwise", "depthwise_backward", "respond", "respond_backward")
 WINDOWS = {  # weight, options
     "3x3": ((16, 6, 3, 3), dict(padding=1)),
     "1x1": ((16, 6, 1, 1), {}),
@@ -182,13 +182,15 @@ def test_operators_say_what_they_give(k, layout):
         torch.ones(6),
     )
     terms = (length, None if k is None else torch.full((6,), k), "linear" if k is None else "learnable", 0.0)
-    window = ([3, 3], [1, 1], [1, 1], [1, 1], 1e-4)
+    window, weight = ([1, 1], [1, 1], [1, 1], 1e-4), images(6, 1, 3, 3, seed=4)
     inverse = images(2, 1, 5, 5, seed=3).abs() * 0.05
     ours = torch.ops.spherify
     torch.library.opcheck(ours.respond.default, (product, inverse, *terms))
     torch.library.opcheck(ours.respond_backward.default, (gradient, product.tanh() * 0.9, inverse, *terms))
-    torch.library.opcheck(ours.depthwise_respond.default, (product * 0.1, x, *terms, *window))
-    torch.library.opcheck(ours.depthwise_backward.default, (gradient, product.tanh() * 0.9, x, *terms, *window))
+    torch.library.opcheck(ours.depthwise.default, (x, weight, *terms[1:], *window))
+    for needs_x in (True, False):
+        given = (gradient, product.tanh() * 0.9, x, weight, *terms[1:], *window, needs_x)
+        torch.library.opcheck(ours.depthwise_backward.default, given)
 
 
 SHARP_AND_SOFT = [("linear", None), ("sigmoid", 0.1), ("sigmoid", 0.3), ("sigmoid", 2.0)]
