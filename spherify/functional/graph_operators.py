@@ -171,11 +171,16 @@ OPERATORS: dict[
 
 
 def register() -> None:
-    """Once in a process, also where this module is imported anew. Of any layout: the kernels read those of the CPU."""
+    """Once in a process, also where this module is imported anew.
+
+    A tag that leaves the layout to the compiler would take the place of what ``in_graphs`` tells it.
+    """
     for name, (schema, function, shapes) in OPERATORS.items():
         if hasattr(torch.ops.spherify, name):
             continue
-        tags = () if name.endswith("backward") else (torch.Tag.flexible_layout,)
+        tags = (
+            (torch.Tag.flexible_layout,) if name == "respond" else ()
+        )  # so tagged, others would lose their constraint
         torch.library.define(f"spherify::{name}", schema, tags=tags)
         torch.library.impl(f"spherify::{name}", "CPU", function)
         torch.library.register_fake(f"spherify::{name}", shapes)

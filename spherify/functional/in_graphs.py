@@ -39,11 +39,6 @@ def are_here() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def pw():
-    import os
-    return os.environ.get('PW')=='1'
-
-@torch.compiler.assume_constant_result
 def multiply() -> bool:
     """Whether they find the product of matrices that torch has; asked while a graph is made."""
     return cpu_pointwise.sgemm() is not None
@@ -58,35 +53,33 @@ def tell_inductor_the_layout() -> None:
     except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
         return
 
-    def with_channels_innermost(x: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (ir.ExternKernel.require_stride_order(x, [3, 0, 2, 1]) if len(x.get_size()) == 4 else x, *others), {}
-
     def as_the_response(_: Any, gradient: Any, response: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(response.get_size()) == 4 and response.get_stride()[1] == 1:
             gradient = ir.ExternKernel.require_stride_order(gradient, [3, 0, 2, 1])
         return (gradient, response, *others), {}
 
-    wanted = dict(
-        respond_backward=as_the_response, depthwise=with_channels_innermost, depthwise_backward=as_the_response
-    )
-    for name, constraint in wanted.items():
-        # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
-        # which would take the place of one that is only added.
-        make_fallback(getattr(ours, name).default, layout_constraint=constraint, warn=False)
-
-    def in_rows(_: Any, *tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Activations as positions side by side, and weights as filter after filter."""
+    def in_rows(_: Any, *arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Activations with what belongs to a position side by side, and matrices row by row."""
         orders = {2: [1, 0], 4: [3, 0, 2, 1]}
         given = (
             ir.ExternKernel.require_stride_order(one, orders[len(one.get_size())])
             if isinstance(one, ir.TensorBox) and len(one.get_size()) in orders
             else one
-            for one in tensors
+            for one in arguments
         )
         return tuple(given), {}
 
-    for name in ("pointwise", "pointwise_backward", "pointwise_by_filters"):
-        make_fallback(getattr(ours, name).default, layout_constraint=in_rows, warn=False)
+    def with_rows_first(node: Any, x: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same for the input alone: filters of depthwise layers lie as they do."""
+        (x,), _ = in_rows(node, x)
+        return (x, *others), {}
+
+    matrices = ("pointwise", "pointwise_backward", "pointwise_by_filters")
+    wanted = dict(respond_backward=as_the_response, depthwise=with_rows_first, depthwise_backward=as_the_response)
+    for name, constraint in {**wanted, **dict.fromkeys(matrices, in_rows)}.items():
+        # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
+        # which would take the place of one that is only added.
+        make_fallback(getattr(ours, name).default, layout_constraint=constraint, warn=False)
 
 
 def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> bool:
@@ -101,7 +94,9 @@ def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> 
         return False
     groups = window.get("groups", 1)
     is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
-    return (is_kind or is_pointwise(weight, window)) and are_here() and (is_kind or multiply())
+    # The cosine of linear layers is cheapest in the passes that the compiler makes over their outputs anyhow.
+    is_product = weight.dim() == 4 and is_pointwise(weight, window)
+    return (is_kind or is_product) and are_here() and (is_kind or multiply())
 
 
 def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
@@ -122,7 +117,7 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
 def is_pointwise(weight: Tensor, window: dict[str, Any]) -> bool:
     """Whether a layer is a product of matrices, but for its stride: linear, or 1x1 on maps without padding."""
     if weight.dim() != 4:
-        return weight.dim() == 2 and pw()
+        return weight.dim() == 2
     if window["groups"] != 1 or weight.shape[2] != 1 or weight.shape[3] != 1:
         return False
     axes = (per_axis(window[name], 2, name) for name in ("stride", "dilation"))
@@ -140,7 +135,8 @@ def response(
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
     if is_pointwise(weight, window) and multiply():
         steps = per_axis(window["stride"], 2, "stride") if window else (1, 1)
-        x = x if steps == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
+        if steps != (1, 1):
+            x = x[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=torch.channels_last)
         return PointwiseResponse.apply(x, weight, soft, operator, number, eps)
     if weight.dim() == 2:
         multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)

@@ -31,6 +31,36 @@ torch.compile(run)(*leaves).square().sum().backward()
 assert calls == [True], calls
 """
 
+PLANES = """
+import torch, torch.nn.functional as F
+from spherify.functional import cpu_depthwise, cpu_pointwise, sphere_conv2d
+calls = []
+def counted(module, name, place):
+    call = getattr(module, name)
+    def look(*args):
+        calls.append(args[place].is_contiguous(memory_format=torch.channels_last))
+        return call(*args)
+    setattr(module, name, look)
+counted(cpu_depthwise, "respond", 0)
+counted(cpu_depthwise, "respond_backward", 0)
+counted(cpu_pointwise, "described", 0)
+from_planes = cpu_pointwise.in_rows
+copied = []
+def in_rows(x):
+    found = from_planes(x)
+    copied.append(found is not x)
+    return found
+cpu_pointwise.in_rows = in_rows
+def run(x, depthwise, halving, after):
+    y = sphere_conv2d(x.sin(), depthwise, groups=8, padding=1).relu()
+    return sphere_conv2d(sphere_conv2d(y, halving, stride=2).relu(), after)
+shapes = [(2, 8, 6, 6), (8, 1, 3, 3), (32, 8, 1, 1), (8, 32, 1, 1)]
+leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+torch.compile(run)(*leaves).square().sum().backward()
+assert len(calls) == 6 and all(calls), calls
+assert copied and not any(copied), copied
+"""
+
 LINEAR = """
 import torch, torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
@@ -46,7 +76,7 @@ assert codes and not any("transpose_mxn(" in code or "tmpbuf" in code for code i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [DEPTHWISE, LINEAR], ids=["depthwise", "linear"])
+@pytest.mark.parametrize("program", [DEPTHWISE, PLANES, LINEAR], ids=["depthwise", "planes", "linear"])
 def test_compiled_layers_keep_their_layout(program, tmp_path):
     """In a process of its own: an operator that Inductor has met before is one that it knows."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
