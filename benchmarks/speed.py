@@ -163,7 +163,7 @@ def measure(
     """Every case, written after each; no new one is begun when the time is up.
 
     Args:
-        adds: keep what the file holds, but for the cases measured again; for the same machine and code.
+        adds: keep what the file holds, but for the forms measured again; for the same machine and code.
     """
     end = time.monotonic() + 60 * minutes
     found: dict[str, Any] = json.loads(out.read_text()) if adds else {"cases": [], "left_out": []}
@@ -185,17 +185,19 @@ def measure(
             except Exception as error:  # one model that fails must not cost the others' figures
                 found["left_out"].append(f"{case.name}: {type(error).__name__}: {error}")
             else:
-                found["cases"] = [held for held in found["cases"] if not is_same(held, measured)] + [measured]
+                left = (not_again(held, measured) for held in found["cases"])
+                found["cases"] = [*filter(None, left), measured]
             replace_file(out, (json.dumps(found, indent=1) + "\n").encode())
     print(f"wrote {out}; left out: {found['left_out'] or 'nothing'}")
 
 
-def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two results are of one case, measured twice."""
-    forms = [[(row["phase"], row["form"]) for row in case["rows"]] for case in (one, other)]
-    return (one["model"], one["settings"]["compiled"]) == (other["model"], other["settings"]["compiled"]) and (
-        forms[0] == forms[1]
-    )
+def not_again(held: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any] | None:
+    """A result without the forms that another of the same network has measured again; None if none is left."""
+    if (held["model"], held["settings"]["compiled"]) != (measured["model"], measured["settings"]["compiled"]):
+        return held
+    again = {(row["phase"], row["form"]) for row in measured["rows"] if not row["form"].startswith("plain")}
+    rows = [row for row in held["rows"] if (row["phase"], row["form"]) not in again]
+    return {**held, "rows": rows} if any(not row["form"].startswith("plain") for row in rows) else None
 
 
 def tables(paths: list[Path]) -> str:

@@ -145,3 +145,7 @@ def test_a_second_run_of_the_suite_can_add_to_the_first(tmp_path, monkeypatch):
     found = [{row["form"] for row in case["rows"]} for case in json.loads(out.read_text())["cases"]]
     assert len(found) == 2  # the first was measured again
     assert ["cosine" in forms for forms in found] == [True, False]
+    monkeypatch.setattr(speed, "cases", lambda *_: [dataclasses.replace(first, operators=("linear", "sigmoid"))])
+    speed.measure("cpu", 1, 1.0, ["cnn9"], out, adds=True)
+    found = [{row["form"] for row in case["rows"]} for case in json.loads(out.read_text())["cases"]]
+    assert [forms & {"cosine", "linear", "sigmoid"} for forms in found] == [{"cosine"}, {"linear", "sigmoid"}]

@@ -149,7 +149,7 @@ INLINE void along_row(const Along *along, const Block *weight, const Shape s, co
     do {                                                                                                                 \
         fetch(&a.ahead[0], q, COUNT, 0);                                                                                 \
         fetch(&a.ahead[1], q, COUNT, 1);                                                                                 \
-        tile(&a, holds ? own : weight,    a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);   \
+        tile(&a, holds ? own : weight, a.first + q * s.step * a.wide, s, kind, has_product, COUNT, product, total);      \
         _Pragma("GCC unroll 4") for (long t = 0; t < COUNT; t++)                                                         \
             put_patch(&a, q + t, product[t], total[t], length, kind, is_few);                                            \
         q += COUNT;                                                                                                      \

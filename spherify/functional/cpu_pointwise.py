@@ -78,9 +78,13 @@ def described(
     x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, norms: Tensor, lengths: Tensor
 ) -> Pointwise:
     filters, channels = weight.shape[:2]
-    rows = x.numel() // channels
+    rows, multiply = x.numel() // channels, sgemm()
+    if multiply is None:  # a graph that was compiled elsewhere
+        raise RuntimeError(
+            "spherify::pointwise: torch's library shows no product of matrices (sgemm_) here; compile again."
+        )
     layer = Pointwise(
-        sgemm=sgemm(),
+        sgemm=multiply,
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         k=None if k is None else k.data_ptr(),

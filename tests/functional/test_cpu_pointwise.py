@@ -146,6 +146,12 @@ def test_without_a_product_of_matrices_the_compiler_gets_it(monkeypatch):
         assert names_of(calls) == ([] if name == "cosine" else ["respond", "respond_backward"])
 
 
+def test_a_graph_from_elsewhere_is_refused_without_a_product_of_matrices(monkeypatch):
+    monkeypatch.setattr(cpu_pointwise, "sgemm", lambda: None)
+    with pytest.raises(RuntimeError, match=r"torch shows no product of matrices \(sgemm_\) here; compile again"):
+        ours.pointwise(torch.ones(3, 6), torch.ones(7, 6), None, "cosine", 0.0, 1e-4)
+
+
 @pytest.mark.parametrize("shape", [(5, 6), (2, 6, 3, 4), (2, 6, 1, 1), (1, 6, 3, 1)], ids=str)
 @pytest.mark.parametrize("k", [None, 0.4])
 def test_operators_of_matrices_say_what_they_give(k, shape):
