@@ -39,7 +39,7 @@ def are_here() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def multiply() -> bool:
+def can_multiply() -> bool:
     """Whether they find the product of matrices that torch has; asked while a graph is made."""
     return cpu_pointwise.sgemm() is not None
 
@@ -96,7 +96,7 @@ def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> 
     is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
     # The cosine of linear layers is cheapest in the passes that the compiler makes over their outputs anyhow.
     is_product = weight.dim() == 4 and is_pointwise(weight, window)
-    return (is_kind or is_product) and are_here() and (is_kind or multiply())
+    return (is_kind or is_product) and are_here() and (is_kind or can_multiply())
 
 
 def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
@@ -133,7 +133,7 @@ def response(
         window: stride, padding, dilation, groups and padding_mode; empty for linear layers.
     """
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
-    if is_pointwise(weight, window) and multiply():
+    if is_pointwise(weight, window) and can_multiply():
         steps = per_axis(window["stride"], 2, "stride") if window else (1, 1)
         if steps != (1, 1):
             x = x[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=torch.channels_last)
