@@ -91,12 +91,13 @@ static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Nea
             for (long row = block * ROWS_A_SUM; row < last; row++) {
                 long place = begin + row;
                 const float *x = d->x + place * channels;
-                float norm = d->norms[place], *to = d->out + place * channels;
+                float norm = d->norms[place], *to = d->out ? d->out + place * channels : NULL;
                 float along = respond_backward_row_of(d->gradient + place * filters, d->saved + place * filters, &norm,
                                                       product + row * filters, part, e, near, 0);
                 along *= -norm * norm;
+                if (d->out == NULL) continue;
 #pragma omp simd
-                for (long c = 0; c < channels && d->out; c++) to[c] = x[c] * along;
+                for (long c = 0; c < channels; c++) to[c] = x[c] * along;
             }
             for (long i = 0; i < 2 * filters && sums; i++) sums[i] += part[i];
         }

@@ -5,9 +5,11 @@ import itertools
 import math
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -436,3 +438,20 @@ def test_plain_operations_have_the_same_answer():
         options = options_of(name, 5, torch.float32)
         plain = plain_sphere(x, weight, None, options["operator"], options.get("k"), 1e-4, None, window)
         assert_close(sphere_conv2d(x, weight, padding=1, **options), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sources_compile_with_the_first_options_that_the_compiler_knows(tmp_path):
+    """A mistake under OpenMP alone would pass for a compiler without it, and cost threads and vectors in silence."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    empty = tmp_path / "empty.c"
+    empty.write_text("int nothing;\n")
+    source = Path(cpu_binding.__file__).with_name("cpu_kernels.c")
+
+    def fails(file, options):
+        command = [compiler, *c_library.FLAGS, *options, "-fsyntax-only", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+    known = next(options for options in c_library.EXTRAS if not fails(empty, options))
+    assert fails(source, known) == ""
