@@ -1,4 +1,4 @@
-/* Linear layers and 1x1 convolutions as compiled graphs call them, whole: products of matrices by torch's own BLAS, some
+/* 1x1 convolutions as compiled graphs call them, whole: products of matrices by torch's own BLAS, some
    rows at a time, and while those are in the cache what else the layer does with them. As cpu_kernels.c says. */
 
 /* As Fortran declares it. Sizes are read as 32 or 64 bits: the upper halves of ours are 0. */
@@ -12,7 +12,6 @@ typedef struct {
     const float *k; /* (O); NULL where it is a number */
     float *norms, *lengths; /* (R) 1 / |row| and (O) 1 / |filter|; the forward pass writes them */
     float *out; /* (R, O): the response; or (R, C): the gradient by the rows; NULL if not wanted */
-    float *by_product; /* (R, O): by the product of all rows, where the gradient by the weight is left to by_filters */
     float *by_weight, *sums; /* (O, C), and (2, O): of the gradient with the response, and for k; NULL if not wanted */
     long rows, channels, filters, some; /* `some` rows are computed at once */
     float eps, fixed_k, guard, step;
@@ -117,11 +116,10 @@ int pointwise_backward(const Pointwise *d) {
         near_of(&near, &e, e.operator);
         for (long first = 0; first < d->rows && !failed; first += d->some) {
             long count = d->rows - first < d->some ? d->rows - first : d->some;
-            float *product = d->by_product ? d->by_product + first * filters : room;
-            failed = gradients_of_rows(d, &e, &near, product, totals, first, count);
-            if (d->out) multiply(d, product, 0, d->weight, 0, d->out + first * channels, count, filters, channels, 1.0f);
+            failed = gradients_of_rows(d, &e, &near, room, totals, first, count);
+            if (d->out) multiply(d, room, 0, d->weight, 0, d->out + first * channels, count, filters, channels, 1.0f);
             if (d->by_weight)
-                multiply(d, product, 1, d->x + first * channels, 0, d->by_weight, filters, count, channels, first > 0);
+                multiply(d, room, 1, d->x + first * channels, 0, d->by_weight, filters, count, channels, first > 0);
         }
     }
     if (!failed && d->by_weight) subtract_own(d->by_weight, d->weight, d->lengths, terms, filters, channels, d->threads);
@@ -129,16 +127,6 @@ int pointwise_backward(const Pointwise *d) {
     free(totals);
     free(room);
     return failed;
-}
-
-/* The gradient by the weight, of what pointwise_backward has left. */
-int pointwise_by_filters(const Pointwise *d) {
-    float *along = malloc(d->filters * sizeof(float));
-    if (along == NULL) return 1;
-    multiply(d, d->by_product, 1, d->x, 0, d->by_weight, d->filters, d->rows, d->channels, 0.0f);
-    subtract_own(d->by_weight, d->weight, d->lengths, along, d->filters, d->channels, d->threads);
-    free(along);
-    return 0;
 }
 
 /* 0 if what is given multiplies as it should. */

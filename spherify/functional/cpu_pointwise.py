@@ -1,4 +1,4 @@
-"""Linear layers and 1x1 convolutions on channels-last maps by one call each way, as compiled graphs make it.
+"""1x1 convolutions on channels-last maps by one call each way, as compiled graphs make it.
 
 Products of matrices are torch's own BLAS's. Response and gradients are computed while some rows are in the cache: but
 for the response, which the gradient reads, nothing goes through memory that would not in the plain layer.
@@ -28,7 +28,7 @@ class Pointwise(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("sgemm", "x", "weight", "gradient", "saved", "k", "norms", "lengths")),
-        *((name, c_void_p) for name in ("out", "by_product", "by_weight", "sums")),
+        *((name, c_void_p) for name in ("out", "by_weight", "sums")),
         *((name, c_long) for name in ("rows", "channels", "filters", "some")),
         *((name, c_float) for name in ("eps", "fixed_k", "guard", "step")),
         *((name, c_int) for name in ("operator", "threads")),
@@ -40,7 +40,7 @@ class Pointwise(ctypes.Structure):
 def library() -> ctypes.CDLL:
     kernels = cpu_binding.library()
     assert kernels is not None
-    for name in ("respond", "backward", "by_filters", "check"):
+    for name in ("respond", "backward", "check"):
         getattr(kernels, f"pointwise_{name}").argtypes = (c_void_p,)
     return kernels
 
@@ -61,17 +61,14 @@ def sgemm() -> int | None:
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """(N, C) or (N, C, H, W) with what belongs to a position side by side; a copy where it does not lie so."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+    """(N, C, H, W) with what belongs to a position side by side; a copy where it does not lie so."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def like_rows(x: Tensor, channels: int) -> Tensor:
     """Empty, with as many images and positions as ``x``, and so laid out that ``in_rows`` copies nothing."""
-    shape, layout = (
-        (x.shape[0], channels, *x.shape[2:]),
-        torch.contiguous_format if x.dim() == 2 else torch.channels_last,
-    )
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def described(
@@ -111,8 +108,8 @@ def respond(
     """The response, 1 / |row| at each position, (R,), and 1 / |filter|, (O,).
 
     Args:
-        x: (N, C) or (N, C, H, W).
-        weight: (O, C) or (O, C, 1, 1).
+        x: (N, C, H, W).
+        weight: (O, C, 1, 1).
     """
     x, weight, k = in_rows(x), in_rows(weight), by_filter(k, weight.shape[0])
     out, norms, lengths = like_rows(x, len(weight)), x.new_empty(x.numel() // x.shape[1]), x.new_empty(len(weight))
@@ -133,12 +130,11 @@ def respond_backward(
     operator: str,
     fixed_k: float,
     by: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients by input, product and weight, and (2, O): with the response, and for k.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by input and weight, and (2, O): with the response, and for k.
 
     Args:
-        by: which of the four are wanted; the others are empty. With that by the product, the one by the weight is
-            left to ``by_filters``.
+        by: which of the three are wanted; the others are empty.
     """
     gradient, response, x, rows = map(in_rows, (gradient, response, x, weight))
     k = by_filter(k, len(rows))
@@ -146,26 +142,15 @@ def respond_backward(
     layer = described(x, rows, k, operator, fixed_k, norms, lengths)
     layer.gradient, layer.saved = gradient.data_ptr(), response.data_ptr()
     places = (one.data_ptr() if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
-    layer.out, layer.by_product, layer.by_weight, layer.sums = places
+    layer.out, layer.by_weight, layer.sums = places
     checked(library().pointwise_backward(ctypes.byref(layer)))
     return found
 
 
-def shapes_of_gradients(x: Tensor, weight: Tensor, by: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def shapes_of_gradients(x: Tensor, weight: Tensor, by: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     filters, channels = weight.shape[:2]
     return (
         like_rows(x, channels) if by[0] else x.new_empty(0),
-        like_rows(x, filters) if by[1] else x.new_empty(0),
-        x.new_empty(weight.shape if by[2] else 0),
-        x.new_empty((2, filters) if by[3] else 0),
+        x.new_empty(weight.shape if by[1] else 0),
+        x.new_empty((2, filters) if by[2] else 0),
     )
-
-
-def by_filters(by_product: Tensor, x: Tensor, weight: Tensor, lengths: Tensor) -> Tensor:
-    """The gradient by the weight, without what it has along each filter."""
-    by_product, x, rows = map(in_rows, (by_product, x, weight))
-    layer = described(x, rows, None, "cosine", 0.0, lengths, lengths)
-    out = x.new_empty(weight.shape)
-    layer.by_product, layer.by_weight = by_product.data_ptr(), out.data_ptr()
-    checked(library().pointwise_by_filters(ctypes.byref(layer)))
-    return out

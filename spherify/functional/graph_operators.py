@@ -158,14 +158,9 @@ OPERATORS: dict[
     ),
     "pointwise_backward": (
         "(Tensor gradient, Tensor response, Tensor x, Tensor weight, Tensor norms, Tensor lengths, Tensor? k, "
-        "str operator, float fixed_k, bool[4] by) -> (Tensor, Tensor, Tensor, Tensor)",
+        "str operator, float fixed_k, bool[3] by) -> (Tensor, Tensor, Tensor)",
         cpu_pointwise.respond_backward,
         lambda _, __, x, weight, *others: cpu_pointwise.shapes_of_gradients(x, weight, others[-1]),
-    ),
-    "pointwise_by_filters": (
-        "(Tensor by_product, Tensor x, Tensor weight, Tensor lengths) -> Tensor",
-        cpu_pointwise.by_filters,
-        lambda _, x, weight, __: x.new_empty(weight.shape),
     ),
 }
 
@@ -173,14 +168,12 @@ OPERATORS: dict[
 def register() -> None:
     """Once in a process, also where this module is imported anew.
 
-    A tag that leaves the layout to the compiler would take the place of what ``in_graphs`` tells it.
+    ``respond`` alone leaves the layout to the compiler: such a tag takes the place of what ``in_graphs`` tells it.
     """
     for name, (schema, function, shapes) in OPERATORS.items():
         if hasattr(torch.ops.spherify, name):
             continue
-        tags = (
-            (torch.Tag.flexible_layout,) if name == "respond" else ()
-        )  # so tagged, others would lose their constraint
+        tags = (torch.Tag.flexible_layout,) if name == "respond" else ()
         torch.library.define(f"spherify::{name}", schema, tags=tags)
         torch.library.impl(f"spherify::{name}", "CPU", function)
         torch.library.register_fake(f"spherify::{name}", shapes)

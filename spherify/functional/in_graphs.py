@@ -1,7 +1,8 @@
 """How compiled graphs reach the CPU's kernels: operators whose inside the compiler does not see.
 
-For what it makes much of: the responses with asin and tanh, which it would compute anew in each pass that reads them,
-and depthwise layers, whose norms are as many as the outputs and come of the patches that the convolution reads.
+For what it makes much of: the responses with asin and tanh, which it would compute anew in each pass that reads them;
+depthwise layers, whose norms are as many as the outputs and come of the patches that the convolution reads; and 1x1
+convolutions, which it has multiplied image by image.
 """
 
 from __future__ import annotations
@@ -59,11 +60,10 @@ def tell_inductor_the_layout() -> None:
         return (gradient, response, *others), {}
 
     def in_rows(_: Any, *arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Activations with what belongs to a position side by side, and matrices row by row."""
-        orders = {2: [1, 0], 4: [3, 0, 2, 1]}
+        """Activations with what belongs to a position side by side, and 1x1 weights row by row."""
         given = (
-            ir.ExternKernel.require_stride_order(one, orders[len(one.get_size())])
-            if isinstance(one, ir.TensorBox) and len(one.get_size()) in orders
+            ir.ExternKernel.require_stride_order(one, [3, 0, 2, 1])
+            if isinstance(one, ir.TensorBox) and len(one.get_size()) == 4
             else one
             for one in arguments
         )
@@ -74,9 +74,14 @@ def tell_inductor_the_layout() -> None:
         (x,), _ = in_rows(node, x)
         return (x, *others), {}
 
-    matrices = ("pointwise", "pointwise_backward", "pointwise_by_filters")
-    wanted = dict(respond_backward=as_the_response, depthwise=with_rows_first, depthwise_backward=as_the_response)
-    for name, constraint in {**wanted, **dict.fromkeys(matrices, in_rows)}.items():
+    wanted = dict(
+        respond_backward=as_the_response,
+        depthwise=with_rows_first,
+        depthwise_backward=as_the_response,
+        pointwise=in_rows,
+        pointwise_backward=in_rows,
+    )
+    for name, constraint in wanted.items():
         # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
         # which would take the place of one that is only added.
         make_fallback(getattr(ours, name).default, layout_constraint=constraint, warn=False)
@@ -94,9 +99,7 @@ def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> 
         return False
     groups = window.get("groups", 1)
     is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
-    # The cosine of linear layers is cheapest in the passes that the compiler makes over their outputs anyhow.
-    is_product = weight.dim() == 4 and is_pointwise(weight, window)
-    return (is_kind or is_product) and are_here() and (is_kind or can_multiply())
+    return are_here() and (is_kind or (is_pointwise(weight, window) and can_multiply()))
 
 
 def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
@@ -115,10 +118,12 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
 
 
 def is_pointwise(weight: Tensor, window: dict[str, Any]) -> bool:
-    """Whether a layer is a product of matrices, but for its stride: linear, or 1x1 on maps without padding."""
-    if weight.dim() != 4:
-        return weight.dim() == 2
-    if window["groups"] != 1 or weight.shape[2] != 1 or weight.shape[3] != 1:
+    """Whether a convolution is a product of matrices, but for its stride: 1x1 on maps without padding.
+
+    Linear layers are not asked for: the compiler knows better when to multiply for their gradients, and its passes over
+    their outputs, which are made anyhow, take the cosine for nothing.
+    """
+    if weight.dim() != 4 or window["groups"] != 1 or weight.shape[2] != 1 or weight.shape[3] != 1:
         return False
     axes = (per_axis(window[name], 2, name) for name in ("stride", "dilation"))
     return not any(map(any, padding_at_both_ends(window["padding"], weight.shape[2:], *axes)))
@@ -134,7 +139,7 @@ def response(
     """
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
     if is_pointwise(weight, window) and can_multiply():
-        steps = per_axis(window["stride"], 2, "stride") if window else (1, 1)
+        steps = per_axis(window["stride"], 2, "stride")
         if steps != (1, 1):
             x = x[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=torch.channels_last)
         return PointwiseResponse.apply(x, weight, soft, operator, number, eps)
@@ -178,7 +183,7 @@ class Response(torch.autograd.Function):
 
 
 class PointwiseResponse(torch.autograd.Function):
-    """The whole of a linear layer or a 1x1 convolution, with its product, but for gain and bias."""
+    """The whole of a 1x1 convolution, with its product, but for gain and bias."""
 
     @staticmethod
     def forward(
@@ -193,15 +198,10 @@ class PointwiseResponse(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         response, x, weight, norms, lengths, k = ctx.saved_tensors
         needs_x, needs_weight, needs_k = ctx.needs_input_grad[:3]
-        # A linear layer's gradient by a large weight is a step of its own, which the compiler puts off until other
-        # layers' activations are freed; as those of the plain layer are.
-        is_late = needs_weight and x.dim() == 2 and x.numel() + response.numel() < weight.numel()
-        by = [needs_x, is_late, needs_weight and not is_late, needs_k]
-        by_x, by_product, by_weight, sums = ours.pointwise_backward(
+        by = [needs_x, needs_weight, needs_k]
+        by_x, by_weight, sums = ours.pointwise_backward(
             gradient, response, x, weight, norms, lengths, k, ctx.operator, ctx.fixed_k, by
         )
-        if is_late:
-            by_weight = ours.pointwise_by_filters(by_product, x, weight, lengths)
         by_k = k_gradient(sums, k, needs_k)
         return by_x if needs_x else None, by_weight if needs_weight else None, by_k, None, None, None
 

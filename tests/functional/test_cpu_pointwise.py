@@ -1,4 +1,4 @@
-"""Linear layers and 1x1 convolutions of compiled graphs: one operator each way, products of matrices and all."""
+"""1x1 convolutions of compiled graphs: one operator each way, products of matrices and all."""
 
 import ctypes
 
@@ -50,29 +50,28 @@ def test_a_layer_in_parts_has_the_numbers_of_float64(
     monkeypatch.setattr(cpu_binding, "NUMBERS_A_THREAD", 1)
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(threads)
-    x, weight, along = normal(rows, channels), normal(filters, channels, seed=1), normal(rows, filters, seed=2)
+    x, weight = normal(rows, channels, 1, 1), normal(filters, channels, 1, 1, seed=1)
+    along = normal(rows, filters, 1, 1, seed=2)
     k, operator, fixed = terms_of(name, filters)
     leaves = [x.requires_grad_(), weight.requires_grad_(), *([] if k is None else [k.double().requires_grad_()])]
 
     def plain(x, weight, *k):
-        return sphere_linear(x, weight, operator=operator, k=k[0] if k else fixed or None)
+        return sphere_conv2d(x, weight, operator=operator, k=k[0] if k else fixed or None)
 
     narrow = [tensor.detach().float() for tensor in (along, x, weight)]
     response, norms, lengths = ours.pointwise(*narrow[1:], k, operator, fixed, 1e-4)
     assert_close(response.double(), plain(*leaves), rtol=1e-5, atol=1e-5)
     truth = gradients(plain, leaves, along)
     by = (narrow[0], response, *narrow[1:], norms, lengths, k, operator, fixed)
-    by_x, _, by_weight, sums = ours.pointwise_backward(*by, [True, False, True, k is not None])
+    by_x, by_weight, sums = ours.pointwise_backward(*by, [True, True, k is not None])
     assert_close(by_x.double(), truth[0], rtol=1e-4, atol=1e-5)
     assert_close(by_weight.double(), truth[1], rtol=1e-4, atol=1e-4)
     if k is not None:
-        expected = (along * response).sum(0)
+        expected = (along * response).sum((0, 2, 3))
         assert_close(sums[0].double(), expected, rtol=1e-4, atol=1e-4)
-    again, by_product, none, _ = ours.pointwise_backward(*by, [True, True, False, False])
+    again, none, _ = ours.pointwise_backward(*by, [True, False, False])
     assert_close(again, by_x)
     assert none.numel() == 0
-    late = ours.pointwise_by_filters(by_product, *narrow[1:], lengths)
-    assert_close(late.double(), truth[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)], ids=str)
@@ -111,22 +110,19 @@ def test_layers_that_look_like_it_have_the_gradients_of_float64(shape, options):
 
 @pytest.mark.parametrize("frozen", [0, 1], ids=["input", "weight"])
 def test_only_gradients_that_are_asked_for_are_computed(frozen):
-    leaves = [normal(40, 6, dtype=torch.float32), normal(7, 6, seed=1, dtype=torch.float32)]
+    leaves = [normal(2, 6, 5, 4, dtype=torch.float32), normal(7, 6, 1, 1, seed=1, dtype=torch.float32)]
     leaves[1 - frozen].requires_grad_()
-    _, (name, arguments) = calls_of_ours(lambda x, w: sphere_linear(x, w, operator="linear"), *leaves)
-    assert (name, list(arguments[-1])) == ("pointwise_backward", [frozen == 1, False, frozen == 0, False])
+    _, (name, arguments) = calls_of_ours(lambda x, w: sphere_conv2d(x, w, operator="linear"), *leaves)
+    assert (name, list(arguments[-1])) == ("pointwise_backward", [frozen == 1, frozen == 0, False])
     assert leaves[frozen].grad is None
 
 
-def test_the_gradient_by_a_large_weight_is_a_step_of_its_own():
-    """So that the compiler may put it off, as it does the plain layer's."""
-    weight = normal(50, 6, seed=1, dtype=torch.float32).requires_grad_()
-    for rows, others in ((2, ["pointwise_by_filters"]), (40, [])):
-        x = normal(rows, 6, dtype=torch.float32)
-        assert (rows * (6 + 50) < weight.numel()) == bool(others)
-        calls = calls_of_ours(lambda x, w: sphere_linear(x, w, operator="linear"), x, weight)
-        assert names_of(calls) == ["pointwise", "pointwise_backward", *others]
-        assert not calls_of_ours(sphere_linear, x, weight)  # the compiler has passes to put a cosine into
+def test_linear_layers_leave_their_products_to_the_compiler():
+    """Which may put the gradient by a large weight off; it has passes to put a cosine into, too."""
+    leaves = [normal(*shape, dtype=torch.float32).requires_grad_() for shape in [(40, 6), (7, 6)]]
+    calls = calls_of_ours(lambda x, w: sphere_linear(x, w, operator="linear"), *leaves)
+    assert names_of(calls) == ["respond", "respond_backward"]
+    assert not calls_of_ours(sphere_linear, *leaves)
 
 
 def test_another_product_of_matrices_is_not_called():
@@ -140,37 +136,39 @@ def test_another_product_of_matrices_is_not_called():
 def test_without_a_product_of_matrices_the_compiler_gets_it(monkeypatch):
     monkeypatch.setattr(cpu_pointwise, "sgemm", lambda: None)
     for name in OPERATORS:
-        leaves = [normal(*shape, seed=9, dtype=torch.float32).requires_grad_() for shape in [(40, 6), (7, 6)]]
+        leaves = [
+            normal(*shape, seed=9, dtype=torch.float32).requires_grad_() for shape in [(2, 6, 5, 4), (7, 6, 1, 1)]
+        ]
         options = options_of(name, 7, torch.float32)
-        calls = calls_of_ours(lambda x, w, options=options: sphere_linear(x, w, **options), *leaves)
+        calls = calls_of_ours(lambda x, w, options=options: sphere_conv2d(x, w, **options), *leaves)
         assert names_of(calls) == ([] if name == "cosine" else ["respond", "respond_backward"])
 
 
 def test_a_graph_from_elsewhere_is_refused_without_a_product_of_matrices(monkeypatch):
     monkeypatch.setattr(cpu_pointwise, "sgemm", lambda: None)
     with pytest.raises(RuntimeError, match=r"shows no product of matrices \(sgemm_\) here; compile again"):
-        ours.pointwise(torch.ones(3, 6), torch.ones(7, 6), None, "cosine", 0.0, 1e-4)
+        ours.pointwise(torch.ones(3, 6, 1, 1), torch.ones(7, 6, 1, 1), None, "cosine", 0.0, 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(5, 6), (2, 6, 3, 4), (2, 6, 1, 1), (1, 6, 3, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 6, 1, 1), (2, 6, 3, 4), (2, 6, 1, 1), (1, 6, 3, 1)], ids=str)
 @pytest.mark.parametrize("k", [None, 0.4])
 def test_operators_of_matrices_say_what_they_give(k, shape):
-    x, weight = normal(*shape, dtype=torch.float32), normal(7, 6, *[1] * (len(shape) - 2), dtype=torch.float32)
+    x, weight = normal(*shape, dtype=torch.float32), normal(7, 6, 1, 1, dtype=torch.float32)
     terms = (None if k is None else torch.full((7,), k), "linear" if k is None else "learnable", 0.0)
     torch.library.opcheck(ours.pointwise.default, (x, weight, *terms, 1e-4))
     response, norms, lengths = ours.pointwise(x, weight, *terms, 1e-4)
     saved = (torch.randn_like(response), response, x, weight, norms, lengths, *terms)
-    for by in ([True, False, True, k is not None], [True, True, False, False], [False, False, True, False]):
+    for by in ([True, True, k is not None], [True, False, False], [False, True, False]):
         torch.library.opcheck(ours.pointwise_backward.default, (*saved, by))
-    torch.library.opcheck(ours.pointwise_by_filters.default, (response, x, weight, lengths))
 
 
 def test_a_row_of_zeros_answers_with_zero_and_has_a_gradient():
-    x, weight = torch.zeros(3, 6), normal(7, 6, dtype=torch.float32)
+    x, weight = torch.zeros(3, 6, 1, 1), normal(7, 6, 1, 1, dtype=torch.float32)
     response, norms, lengths = ours.pointwise(x, weight, None, "cosine", 0.0, 1e-4)
-    assert torch.equal(response, torch.zeros(3, 7))
+    assert torch.equal(response, torch.zeros(3, 7, 1, 1))
+    ones = torch.ones(3, 7, 1, 1)
     by_x, *_ = ours.pointwise_backward(
-        torch.ones(3, 7), response, x, weight, norms, lengths, None, "cosine", 0.0, [True, False, False, False]
+        ones, response, x, weight, norms, lengths, None, "cosine", 0.0, [True, False, False]
     )
     unit = weight / (weight.square().sum(1, keepdim=True) + 1e-4).sqrt()
-    assert_close(by_x, unit.sum(0).expand(3, 6) * 100.0)
+    assert_close(by_x, unit.sum(0, keepdim=True).expand(3, 6, 1, 1) * 100.0)
