@@ -48,6 +48,7 @@ class Elementwise(ctypes.Structure):
         *((name, c_float) for name in ("guard", "step", "low", "high")),
         *((name, c_int) for name in ("operator", "channels_last", "is_gelu", "threads")),
         ("fit", c_void_p),  # of rows, where k is a number
+        ("family", c_void_p),  # of rows, where it is learned
     )
 
 
@@ -80,6 +81,7 @@ def library() -> ctypes.CDLL | None:
             "folded",
             "convolve",
             "row_lanes",
+            "learned_rows",
             "rows",
             "patches",
             "depthwise",

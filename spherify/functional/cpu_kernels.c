@@ -21,6 +21,7 @@ typedef struct {
     float guard, step, low, high;
     int operator, channels_last, is_gelu, threads; /* `is_gelu`: of what comes out, besides */
     const struct Fit *fit; /* see cpu_row_lanes.h; NULL where there is none */
+    const struct Family *family; /* see cpu_learned_rows.h; likewise */
 } Elementwise;
 
 INLINE float finish(float response, float gain, float bias, float low, float high) {

@@ -17,6 +17,7 @@ typedef struct {
     float eps, fixed_k, guard, step;
     int operator, threads;
     const struct Fit *fit; /* of the operator, where k is a number; or NULL */
+    const struct Family *family; /* where it is learned; or NULL */
 } Pointwise;
 
 /* (rows, columns) = first (rows, inner) second (inner, columns), either of them read as the transpose of what lies there,
@@ -44,7 +45,8 @@ INLINE Elementwise response_by(const Pointwise *d, float *terms) {
     return (Elementwise){.length = d->lengths, .steep = terms, .rise = terms + filters, .end = terms + 2 * filters,
                          .gain = terms + 3 * filters, .bias = terms + 4 * filters, .filters = filters, .groups = 1,
                          .guard = d->guard, .step = d->step, .low = -INFINITY, .high = INFINITY,
-                         .operator = d->operator, .threads = d->threads, .fit = d->fit};
+                         .operator = d->operator, .threads = d->threads, .fit = d->fit,
+                         .family = d->family};
 }
 
 int pointwise_respond(const Pointwise *d) {
@@ -53,28 +55,29 @@ int pointwise_respond(const Pointwise *d) {
     if (product == NULL) return 1;
     Elementwise e = response_by(d, product + d->some * filters);
     inverse_lengths(d->weight, d->lengths, filters, channels, d->eps, 1.0f, d->threads);
+    OwnTerms own = forward_terms(&e, d->rows);
     for (long first = 0; first < d->rows; first += d->some) {
         long count = d->rows - first < d->some ? d->rows - first : d->some;
         const float *x = d->x + first * channels;
         multiply(d, x, 0, d->weight, 1, product, count, channels, filters, 0.0f);
 #pragma omp parallel for schedule(static) num_threads(d->threads) if (d->threads > 1)
-        for (long row = 0; row < count; row++) {
-            const float *own = product + row * filters;
-            float *out = d->out + (first + row) * filters;
-            float norm = 1.0f / sqrtf(squares_of_row(x + row * channels, channels) + d->eps);
-            d->norms[first + row] = norm;
-            if (d->operator == COSINE) respond_to_row(own, out, &norm, &e, COSINE, 0);
-            else if (d->operator == LINEAR) respond_to_row(own, out, &norm, &e, LINEAR, 0);
-            else respond_to_row(own, out, &norm, &e, SIGMOID, 0);
+        for (long block = 0; block < count; block += ROWS_A_BLOCK) {
+            long last = count - block < ROWS_A_BLOCK ? count : block + ROWS_A_BLOCK;
+            float *norms = d->norms + first;
+            for (long row = block; row < last; row++)
+                norms[row] = 1.0f / sqrtf(squares_of_row(x + row * channels, channels) + d->eps);
+            respond_to_rows(product + block * filters, d->out + (first + block) * filters, norms + block, &e, &own,
+                            last - block);
         }
     }
+    free(own.edge);
     free(product);
     return 0;
 }
 
 /* Some rows' gradients by the product, and, where it is wanted, what the gradient by the rows has through their norms. */
-static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Near *near, float *product, double *totals,
-                             long begin, long count) {
+static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Near *near, const OwnTerms *own, float *product,
+                             double *totals, long begin, long count) {
     long filters = d->filters, channels = d->channels, blocks = (count + ROWS_A_SUM - 1) / ROWS_A_SUM;
     int failed = 0;
 #pragma omp parallel num_threads(d->threads) if (d->threads > 1) reduction(| : failed)
@@ -86,17 +89,17 @@ static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Nea
         for (long block = 0; block < blocks; block++) {
             if (failed) continue;
             if (part) memset(part, 0, 2 * filters * sizeof(float));
-            long last = (block + 1) * ROWS_A_SUM < count ? (block + 1) * ROWS_A_SUM : count;
-            for (long row = block * ROWS_A_SUM; row < last; row++) {
-                long place = begin + row;
-                const float *x = d->x + place * channels;
-                float norm = d->norms[place], *to = d->out ? d->out + place * channels : NULL;
-                float along = respond_backward_row_of(d->gradient + place * filters, d->saved + place * filters, &norm,
-                                                      product + row * filters, part, e, near, 0);
-                along *= -norm * norm;
-                if (d->out == NULL) continue;
+            long first = block * ROWS_A_SUM, some = count - first < ROWS_A_SUM ? count - first : ROWS_A_SUM;
+            long place = begin + first;
+            float along[ROWS_A_SUM];
+            respond_backward_rows(d->gradient + place * filters, d->saved + place * filters, d->norms + place,
+                                  product + first * filters, along, part, e, near, own, some);
+            for (long row = 0; row < some && d->out; row++) {
+                const float *x = d->x + (place + row) * channels;
+                float norm = d->norms[place + row], *to = d->out + (place + row) * channels;
+                float factor = along[row] * -norm * norm;
 #pragma omp simd
-                for (long c = 0; c < channels; c++) to[c] = x[c] * along;
+                for (long c = 0; c < channels; c++) to[c] = x[c] * factor;
             }
             for (long i = 0; i < 2 * filters && sums; i++) sums[i] += part[i];
         }
@@ -114,13 +117,15 @@ int pointwise_backward(const Pointwise *d) {
         Elementwise e = response_by(d, terms);
         Near near = {terms + 5 * filters, terms + 6 * filters, terms + 7 * filters};
         near_of(&near, &e, e.operator);
+        OwnTerms own = backward_terms(&e, d->rows);
         for (long first = 0; first < d->rows && !failed; first += d->some) {
             long count = d->rows - first < d->some ? d->rows - first : d->some;
-            failed = gradients_of_rows(d, &e, &near, room, totals, first, count);
+            failed = gradients_of_rows(d, &e, &near, &own, room, totals, first, count);
             if (d->out) multiply(d, room, 0, d->weight, 0, d->out + first * channels, count, filters, channels, 1.0f);
             if (d->by_weight)
                 multiply(d, room, 1, d->x + first * channels, 0, d->by_weight, filters, count, channels, first > 0);
         }
+        free(own.back);
     }
     if (!failed && d->by_weight) subtract_own(d->by_weight, d->weight, d->lengths, terms, filters, channels, d->threads);
     if (!failed && d->sums) add_up(totals, 2 * filters, d->threads, d->sums);

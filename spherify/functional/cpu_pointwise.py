@@ -33,6 +33,7 @@ class Pointwise(ctypes.Structure):
         *((name, c_float) for name in ("eps", "fixed_k", "guard", "step")),
         *((name, c_int) for name in ("operator", "threads")),
         ("fit", c_void_p),
+        ("family", c_void_p),
     )
 
 
@@ -97,8 +98,7 @@ def described(
         operator=CODES[operator],
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
-    if k is None:
-        describe_fit(layer, constants(operator, fixed_k or None))
+    describe_fit(layer, {"steep": k} if k is not None else constants(operator, fixed_k or None))
     return layer
 
 

@@ -125,16 +125,18 @@ INLINE float respond_backward_row_of(const float *gradient, const float *saved, 
 #undef ROW
 }
 
+#include "cpu_learned_rows.h"
+
 /* out = response to product inverse length. */
 void respond_rows(const Rows *r, const Elementwise *e) {
+    long rows = e->images * e->positions, filters = e->filters;
+    OwnTerms own = forward_terms(e, rows);
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
-    for (long row = 0; row < e->images * e->positions; row++) {
-        const float *product = r->product + row * e->filters, *inverse = e->inverse + row;
-        float *out = r->out + row * e->filters;
-        if (e->operator == COSINE) respond_to_row(product, out, inverse, e, COSINE, 0);
-        else if (e->operator == LINEAR) respond_to_row(product, out, inverse, e, LINEAR, 0);
-        else respond_to_row(product, out, inverse, e, SIGMOID, 0);
+    for (long first = 0; first < rows; first += ROWS_A_BLOCK) {
+        long count = rows - first < ROWS_A_BLOCK ? rows - first : ROWS_A_BLOCK;
+        respond_to_rows(r->product + first * filters, r->out + first * filters, e->inverse + first, e, &own, count);
     }
+    free(own.edge);
 }
 
 /* The gradients by the product and along the patches. */
@@ -142,6 +144,7 @@ int respond_rows_backward(const Rows *r, const Elementwise *e) {
     long rows = e->images * e->positions, filters = e->filters, blocks = (rows + ROWS_A_SUM - 1) / ROWS_A_SUM;
     double *totals = calloc(2 * filters * e->threads, sizeof(double));
     float *terms = malloc(3 * filters * sizeof(float));
+    OwnTerms own = backward_terms(e, rows);
     Near near = {terms, terms + filters, terms + 2 * filters};
     int failed = totals == NULL || terms == NULL;
     if (!failed) near_of(&near, e, e->operator);
@@ -154,17 +157,15 @@ int respond_rows_backward(const Rows *r, const Elementwise *e) {
         for (long block = 0; block < blocks; block++) {
             if (failed || totals == NULL || terms == NULL) continue;
             memset(part, 0, 2 * filters * sizeof(float));
-            long last = (block + 1) * ROWS_A_SUM < rows ? (block + 1) * ROWS_A_SUM : rows;
-            for (long row = block * ROWS_A_SUM; row < last; row++) {
-                float inverse = e->inverse[row];
-                r->along[row] = respond_backward_row_of(r->gradient + row * filters, r->saved + row * filters, &inverse,
-                                                        r->out + row * filters, r->sums ? part : NULL, e, &near, 0);
-            }
+            long first = block * ROWS_A_SUM, count = rows - first < ROWS_A_SUM ? rows - first : ROWS_A_SUM;
+            respond_backward_rows(r->gradient + first * filters, r->saved + first * filters, e->inverse + first,
+                                  r->out + first * filters, r->along + first, r->sums ? part : NULL, e, &near, &own, count);
             for (long i = 0; i < 2 * filters && r->sums; i++) sums[i] += part[i];
         }
         free(part);
     }
     if (!failed && r->sums) add_up(totals, 2 * filters, e->threads, r->sums);
+    free(own.back);
     free(terms);
     free(totals);
     return failed;

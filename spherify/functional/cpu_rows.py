@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import Elementwise
-from spherify.functional.cpu_kernels import ByFilter, checked, elementwise, guard_of
+from spherify.functional.cpu_kernels import ByFilter, by_filter, checked, constants, elementwise, guard_of
+from spherify.functional.families import family
 from spherify.functional.fits import fit_of
 
 MOST_HELD = 512  # descriptions; a network has one for each shape of output
@@ -40,49 +41,52 @@ def library() -> ctypes.CDLL:
 
 
 def terms_of(
-    product: Tensor, inverse: Tensor, operator: str, values: dict[str, ByFilter]
+    product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
 ) -> tuple[Elementwise, list[Tensor | None]]:
-    """As ``elementwise``, with polynomials where k is a number.
-
-    It is made once for each shape where only the lengths, the first of ``values``, are a tensor.
-    """
-    length, *others = values.values()
-    is_fixed = not any(isinstance(one, Tensor) for one in others)
-    if not is_fixed or not isinstance(length, Tensor) or not is_plain(length, product):
-        described, alive = elementwise(product, inverse, operator, values, guard=guard_of(operator))
-        describe_fit(described, values)
-        return described, alive
-    key = (operator, *others, product.shape, inverse.shape[1], torch.get_num_threads())
+    """As ``elementwise``, with polynomials; all but this call's tensors is made once for each shape."""
+    filters = product.shape[1]
+    key = (operator, fixed_k, k is None, product.shape, inverse.shape[1], torch.get_num_threads())
     if (held := HELD.get(key)) is None:
         if len(HELD) >= MOST_HELD:
             HELD.clear()
+        values: dict[str, ByFilter] = dict(length=length, **constants(operator, fixed_k or None if k is None else k))
         described, (_, _, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
         describe_fit(described, values)
         held = HELD[key] = described, fillers
     described, fillers = held
-    described = Elementwise.from_buffer_copy(described)
-    described.inverse, described.length = inverse.data_ptr(), length.data_ptr()
-    return described, fillers
+    described, own = Elementwise.from_buffer_copy(described), by_filter(length, filters)
+    assert own is not None
+    described.inverse, described.length = inverse.data_ptr(), own.data_ptr()
+    return described, [*fillers, own, None if k is None else describe_k(described, k, filters)]
+
+
+def describe_k(described: Any, k: Tensor, filters: int) -> Tensor:
+    """Point a description at what a learned k makes of the response, (3, O), which must outlive the call."""
+    kernels, own = cpu_binding.library(), by_filter(k, filters)
+    assert kernels is not None
+    assert own is not None
+    terms = own.new_empty((3, filters))
+    first, step = terms.data_ptr(), filters * terms.element_size()
+    kernels.softness_terms(own.data_ptr(), first, filters)
+    described.steep, described.rise, described.end = first, first + step, first + 2 * step
+    return terms
 
 
 def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:
-    """Point a description's ``fit`` at the polynomials of these constants, if there are some."""
+    """Point a description at the polynomials of these constants, or at those for any, if there are some."""
     rise, steep = values.get("rise"), values.get("steep")
-    if isinstance(rise, Tensor) or isinstance(steep, Tensor) or rise is None:
-        return
-    if (fit := fit_of(steep, rise)) is not None:
+    if isinstance(steep, Tensor):
+        described.family = ctypes.addressof(family())
+    elif isinstance(rise, float) and (fit := fit_of(steep, rise)) is not None:
         described.fit = ctypes.addressof(fit)
 
 
-def is_plain(length: Tensor, product: Tensor) -> bool:
-    """Whether the kernels can read it as it is."""
-    return length.dtype == torch.float32 and length.numel() == product.shape[1] and length.is_contiguous()
-
-
-def respond(product: Tensor, inverse: Tensor, operator: str, values: dict[str, ByFilter]) -> Tensor:
-    """The response to ``product inverse length``, for tensors that ``takes``; ``values`` as for ``elementwise``."""
+def respond(
+    product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
+) -> Tensor:
+    """The response to ``product inverse length``, for tensors that ``takes``."""
     out = torch.empty_like(product)
-    terms, alive = terms_of(product, inverse, operator, values)
+    terms, alive = terms_of(product, inverse, length, k, operator, fixed_k)
     tensors = Rows(product.data_ptr(), None, None, out.data_ptr(), None, None)
     library().respond_rows(ctypes.byref(tensors), ctypes.byref(terms))
     del alive
@@ -90,20 +94,25 @@ def respond(product: Tensor, inverse: Tensor, operator: str, values: dict[str, B
 
 
 def respond_backward(
-    gradient: Tensor, response: Tensor, inverse: Tensor, operator: str, values: dict[str, ByFilter], has_k: bool
+    gradient: Tensor,
+    response: Tensor,
+    inverse: Tensor,
+    length: Tensor,
+    k: Tensor | None,
+    operator: str,
+    fixed_k: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient by the product, the sum along each patch, (N, 1, ...), and (2, O): with the response, and for k.
 
-    Args:
-        has_k: whether that last is wanted; else it is zero.
+    That last is zero where no k is learned.
     """
     if gradient.stride() != response.stride():
         gradient = torch.empty_like(response).copy_(gradient)
     product, along = torch.empty_like(response), torch.empty_like(inverse)
     sums = response.new_zeros((2, response.shape[1]))
-    terms, alive = terms_of(response, inverse, operator, values)
+    terms, alive = terms_of(response, inverse, length, k, operator, fixed_k)
     pointers = (tensor.data_ptr() for tensor in (gradient, response, product, along))
-    tensors = Rows(None, *pointers, sums.data_ptr() if has_k else None)
+    tensors = Rows(None, *pointers, None if k is None else sums.data_ptr())
     checked(library().respond_rows_backward(ctypes.byref(tensors), ctypes.byref(terms)))
     del alive
     return product, along, sums

@@ -17,7 +17,7 @@ def respond(
 ) -> Tensor:
     inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
     if cpu_rows.takes(product, inverse):
-        return cpu_rows.respond(product, inverse, operator, values_of(length, k, operator, fixed_k))
+        return cpu_rows.respond(product, inverse, length, k, operator, fixed_k)
     out, soft = product.clone(), fixed_k or None if k is None else k
     if cpu_binding.takes(out, inverse.shape[1]) and cpu_binding.fits(out, inverse):
         values = values_of(length, k, operator, fixed_k)
@@ -38,8 +38,7 @@ def respond_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
     if cpu_rows.takes(response, inverse):
-        values = values_of(length, k, operator, fixed_k)
-        return cpu_rows.respond_backward(gradient, response, inverse, operator, values, k is not None)
+        return cpu_rows.respond_backward(gradient, response, inverse, length, k, operator, fixed_k)
     soft = fixed_k or None if k is None else k
     if cpu_binding.takes(response, inverse.shape[1]) and cpu_binding.fits(response, inverse):
         values = values_of(length, k, operator, fixed_k)

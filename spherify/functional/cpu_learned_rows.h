@@ -1,0 +1,266 @@
+/* Responses of rows and their gradients where each filter has a k of its own (AVX-512): polynomials like those of
+   cpu_row_lanes.h, whose terms are made for each filter when a call begins, and read once for four rows. Up to where they
+   serve there is no asin, tanh or root. As cpu_kernels.c says. */
+
+/* Terms of polynomials as polynomials in u = 1 / 4k^2, made by families.py; the polynomials themselves are in v, which goes
+   from -1 at u = 0 to 1 at u = `most`. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`. Of the response over
+   its slope at the equator, t: slope(t^2), t along(t^2), slope times cosine, and t angle(t^2), (1 - tanh^2) times the angle
+   from the equator, up to t^2 = `limit`. */
+enum { OF_U = 9, FORWARD_TERMS = 7, BACKWARD_TERMS = 7, ROWS_AT_ONCE = 4, ROWS_A_BLOCK = 16 };
+typedef struct Family {
+    float most, edge, near[FORWARD_TERMS][OF_U], limit[OF_U];
+    float slope[BACKWARD_TERMS][OF_U], along[BACKWARD_TERMS][OF_U], angle[BACKWARD_TERMS][OF_U];
+} Family;
+
+/* Of each filter, (..., O): up to where, and the terms; backward the inverse slope at the equator first. */
+typedef struct { float *edge, *near, *back, *limit, *slope, *along, *angle; } OwnTerms;
+
+INLINE void own_terms(const float (*family)[OF_U], int count, const Elementwise *e, float *to) {
+    const float *steep = e->steep;
+    long filters = e->filters;
+    float scale = 2.0f / e->family->most;
+    for (int t = 0; t < count; t++) {
+        const float *by_u = family[t];
+#pragma omp simd
+        for (long o = 0; o < filters; o++) {
+            float v = steep[o] * steep[o] * scale - 1.0f, sum = by_u[OF_U - 1];
+            for (int j = OF_U - 2; j >= 0; j--) sum = sum * v + by_u[j];
+            to[t * filters + o] = sum;
+        }
+    }
+}
+
+/* What was made must be freed. Without terms, `edge` or `limit` NULL, rows go one by one. */
+static OwnTerms forward_terms(const Elementwise *e, long rows) {
+    OwnTerms own = {NULL};
+#ifdef __AVX512F__
+    if (e->operator != SIGMOID || e->fit || e->family == NULL || rows < ROWS_A_BLOCK) return own;
+    const Family *family = e->family;
+    long filters = e->filters;
+    if ((own.edge = malloc((1 + FORWARD_TERMS) * filters * sizeof(float))) == NULL) return own;
+    own.near = own.edge + filters;
+    own_terms(family->near, FORWARD_TERMS, e, own.near);
+    for (long o = 0; o < filters; o++) {
+        own.edge[o] = e->steep[o] * e->steep[o] <= family->most ? family->edge : -1.0f;
+        own.near[o] = e->steep[o] * e->rise[o];
+    }
+#endif
+    return own;
+}
+
+static OwnTerms backward_terms(const Elementwise *e, long rows) {
+    OwnTerms own = {NULL};
+#ifdef __AVX512F__
+    if (e->operator != SIGMOID || e->fit || e->family == NULL || rows < ROWS_A_BLOCK) return own;
+    const Family *family = e->family;
+    long filters = e->filters;
+    if ((own.back = malloc((2 + 3 * BACKWARD_TERMS) * filters * sizeof(float))) == NULL) return own;
+    own.limit = own.back + filters;
+    own.slope = own.limit + filters;
+    own.along = own.slope + BACKWARD_TERMS * filters;
+    own.angle = own.along + BACKWARD_TERMS * filters;
+    own_terms(&family->limit, 1, e, own.limit);
+    own_terms(family->slope, BACKWARD_TERMS, e, own.slope);
+    own_terms(family->along, BACKWARD_TERMS, e, own.along);
+    own_terms(family->angle, BACKWARD_TERMS, e, own.angle);
+    for (long o = 0; o < filters; o++) {
+        if (!(e->steep[o] * e->steep[o] <= family->most)) own.limit[o] = -1.0f;
+        own.slope[o] = own.along[o] = e->steep[o] / e->end[o];
+        own.back[o] = e->end[o] / e->steep[o];
+    }
+#endif
+    return own;
+}
+
+#ifdef __AVX512F__
+/* Asks for the rows after these in the order in which they lie, a part of them at every step: the processor by itself
+   looks ahead along a row, not along four at once. */
+INLINE void ask_ahead(const float *from, long filters, long o, const int rows, const int writes) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) __builtin_prefetch(from + rows * (filters + o) + 16 * r, writes);
+}
+
+/* Sixteen filters of some rows where a cosine is far; apart, or the loops that call it would not be unrolled. */
+static __attribute__((noinline)) void respond_far(float *out, const float *product, const float *inverse, const Elementwise *e,
+                                                  long o, int rows) {
+    long filters = e->filters;
+    __mmask16 taken = first_of(filters - o);
+    __m512 length = _mm512_maskz_loadu_ps(taken, e->length + o), steep = _mm512_maskz_loadu_ps(taken, e->steep + o);
+    __m512 rise = _mm512_maskz_loadu_ps(taken, e->rise + o);
+    for (int r = 0; r < rows; r++) {
+        __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, product + r * filters + o), lanes(inverse[r]));
+        c = sigmoids_of(_mm512_mul_ps(c, length), e->guard, steep, rise);
+        _mm512_mask_storeu_ps(out + r * filters + o, taken, c);
+    }
+}
+
+/* Some rows, whose norms follow one another: of sixteen filters all by the polynomials, or none. A NaN is far. */
+INLINE void respond_some_rows(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
+                              const OwnTerms *own, const int rows) {
+    const float *lengths = e->length, *edges = own->edge, *near = own->near;
+    long filters = e->filters;
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o), far = 0;
+        ask_ahead(product, filters, o, rows, 0);
+        ask_ahead(out, filters, o, rows, 1);
+        __m512 c[ROWS_AT_ONCE], z[ROWS_AT_ONCE], sum[ROWS_AT_ONCE];
+        __m512 length = _mm512_maskz_loadu_ps(taken, lengths + o), edge = _mm512_maskz_loadu_ps(taken, edges + o);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            c[r] = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, product + r * filters + o), lanes(inverse[r]));
+            c[r] = _mm512_mul_ps(c[r], length);
+            z[r] = _mm512_mul_ps(c[r], c[r]);
+            far |= _mm512_cmp_ps_mask(z[r], edge, _CMP_NLE_UQ);
+        }
+        if (__builtin_expect(far != 0, 0)) {
+            respond_far(out, product, inverse, e, o, rows);
+            continue;
+        }
+        __m512 term = _mm512_maskz_loadu_ps(taken, near + (FORWARD_TERMS - 1) * filters + o);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) sum[r] = term;
+#pragma GCC unroll 8
+        for (int t = FORWARD_TERMS - 2; t >= 0; t--) {
+            term = _mm512_maskz_loadu_ps(taken, near + t * filters + o);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) sum[r] = _mm512_fmadd_ps(sum[r], z[r], term);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) _mm512_mask_storeu_ps(out + r * filters + o, taken, _mm512_mul_ps(sum[r], c[r]));
+    }
+}
+
+/* As respond_far; adds to what the near ones add to. */
+static __attribute__((noinline)) void backward_far(const float *gradient, const float *saved, const float *inverse,
+                                                   float *product, float *along, float *part, const Elementwise *e,
+                                                   const Near *n, long o, int rows) {
+    long filters = e->filters;
+    __mmask16 taken = first_of(filters - o);
+    __m512 length = _mm512_maskz_loadu_ps(taken, e->length + o), end = _mm512_maskz_loadu_ps(taken, e->end + o);
+    __m512 flat = _mm512_maskz_loadu_ps(taken, n->flat + o), rate = _mm512_maskz_loadu_ps(taken, n->rate + o);
+    for (int r = 0; r < rows; r++) {
+        __m512 g = _mm512_maskz_loadu_ps(taken, gradient + r * filters + o);
+        __m512 answer = _mm512_maskz_loadu_ps(taken, saved + r * filters + o);
+        Slopes found = slopes_learned(answer, g, e->guard, e->step, end, flat, rate);
+        along[r] += _mm512_reduce_add_ps(_mm512_mul_ps(found.slope, found.cosine));
+        found.slope = _mm512_mul_ps(found.slope, _mm512_mul_ps(length, lanes(inverse[r])));
+        _mm512_mask_storeu_ps(product + r * filters + o, taken, found.slope);
+        if (part == NULL) continue;
+        float *with = part + o, *own = part + filters + o;
+        _mm512_mask_storeu_ps(with, taken, _mm512_fmadd_ps(g, answer, _mm512_maskz_loadu_ps(taken, with)));
+        _mm512_mask_storeu_ps(own, taken, _mm512_fmadd_ps(found.rise, found.angle, _mm512_maskz_loadu_ps(taken, own)));
+    }
+}
+
+INLINE void backward_some_rows(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                               float *along, float *restrict part, const Elementwise *e, const Near *n,
+                               const OwnTerms *own, const int rows, const int for_k) {
+    const float *lengths = e->length, *steeps = e->steep, *backs = own->back, *limits = own->limit;
+    const float *slopes = own->slope, *alongs = own->along, *angles = own->angle;
+    long filters = e->filters;
+    __m512 sums[ROWS_AT_ONCE], zero = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) sums[r] = zero, along[r] = 0.0f;
+    for (long o = 0; o < filters; o += 16) {
+        __mmask16 taken = first_of(filters - o), far = 0;
+        ask_ahead(saved, filters, o, rows, 0);
+        ask_ahead(gradient, filters, o, rows, 0);
+        ask_ahead(product, filters, o, rows, 1);
+        __m512 answers[ROWS_AT_ONCE], t[ROWS_AT_ONCE], z[ROWS_AT_ONCE];
+        __m512 back = _mm512_maskz_loadu_ps(taken, backs + o), limit = _mm512_maskz_loadu_ps(taken, limits + o);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            answers[r] = _mm512_maskz_loadu_ps(taken, saved + r * filters + o);
+            t[r] = _mm512_mul_ps(answers[r], back);
+            z[r] = _mm512_mul_ps(t[r], t[r]);
+            far |= _mm512_cmp_ps_mask(z[r], limit, _CMP_NLE_UQ);
+        }
+        if (__builtin_expect(far != 0, 0)) {
+            backward_far(gradient, saved, inverse, product, along, for_k ? part : NULL, e, n, o, rows);
+            continue;
+        }
+        __m512 slope[ROWS_AT_ONCE], beside[ROWS_AT_ONCE], angle[ROWS_AT_ONCE], g[ROWS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            slope[r] = _mm512_maskz_loadu_ps(taken, slopes + (BACKWARD_TERMS - 1) * filters + o);
+            beside[r] = _mm512_maskz_loadu_ps(taken, alongs + (BACKWARD_TERMS - 1) * filters + o);
+            if (for_k) angle[r] = _mm512_maskz_loadu_ps(taken, angles + (BACKWARD_TERMS - 1) * filters + o);
+        }
+#pragma GCC unroll 8
+        for (int i = BACKWARD_TERMS - 2; i >= 0; i--) {
+            __m512 a = _mm512_maskz_loadu_ps(taken, slopes + i * filters + o);
+            __m512 b = _mm512_maskz_loadu_ps(taken, alongs + i * filters + o);
+            __m512 c = for_k ? _mm512_maskz_loadu_ps(taken, angles + i * filters + o) : zero;
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                slope[r] = _mm512_fmadd_ps(slope[r], z[r], a);
+                beside[r] = _mm512_fmadd_ps(beside[r], z[r], b);
+                if (for_k) angle[r] = _mm512_fmadd_ps(angle[r], z[r], c);
+            }
+        }
+        __m512 length = _mm512_maskz_loadu_ps(taken, lengths + o), with_answer = zero, with_angle = zero;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            g[r] = _mm512_maskz_loadu_ps(taken, gradient + r * filters + o);
+            __m512 factor = _mm512_mul_ps(length, lanes(inverse[r]));
+            _mm512_mask_storeu_ps(product + r * filters + o, taken, _mm512_mul_ps(_mm512_mul_ps(g[r], slope[r]), factor));
+            t[r] = _mm512_mul_ps(g[r], t[r]);
+            sums[r] = _mm512_fmadd_ps(t[r], beside[r], sums[r]);
+            if (!for_k) continue;
+            with_angle = _mm512_fmadd_ps(t[r], angle[r], with_angle);
+            with_answer = _mm512_fmadd_ps(g[r], answers[r], with_answer);
+        }
+        if (!for_k) continue;
+        float *with = part + o, *own_sum = part + filters + o;
+        _mm512_mask_storeu_ps(with, taken, _mm512_add_ps(with_answer, _mm512_maskz_loadu_ps(taken, with)));
+        with_angle = _mm512_mul_ps(with_angle, _mm512_maskz_loadu_ps(taken, steeps + o)); /* of atanh now */
+        _mm512_mask_storeu_ps(own_sum, taken, _mm512_add_ps(with_angle, _mm512_maskz_loadu_ps(taken, own_sum)));
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) along[r] += _mm512_reduce_add_ps(sums[r]);
+}
+#endif
+
+/* `rows` rows of `product`, whose norms follow one another. */
+INLINE void respond_to_rows(const float *product, float *restrict out, const float *inverse, const Elementwise *e,
+                            const OwnTerms *own, long rows) {
+    long row = 0, filters = e->filters;
+#ifdef __AVX512F__
+    for (; own->edge && row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
+        respond_some_rows(product + row * filters, out + row * filters, inverse + row, e, own, ROWS_AT_ONCE);
+    for (; own->edge && row < rows; row++)
+        respond_some_rows(product + row * filters, out + row * filters, inverse + row, e, own, 1);
+#endif
+    for (; row < rows; row++) {
+        const float *from = product + row * filters;
+        if (e->operator == COSINE) respond_to_row(from, out + row * filters, inverse + row, e, COSINE, 0);
+        else if (e->operator == LINEAR) respond_to_row(from, out + row * filters, inverse + row, e, LINEAR, 0);
+        else respond_to_row(from, out + row * filters, inverse + row, e, SIGMOID, 0);
+    }
+}
+
+/* Likewise the gradients by the product, and the sum along each row; `part` as for respond_backward_row. */
+INLINE void respond_backward_rows(const float *gradient, const float *saved, const float *inverse, float *restrict product,
+                                  float *along, float *part, const Elementwise *e, const Near *n, const OwnTerms *own,
+                                  long rows) {
+    long row = 0, filters = e->filters;
+#ifdef __AVX512F__
+#define SOME(ROWS, FOR_K)                                                                                          \
+    backward_some_rows(gradient + row * filters, saved + row * filters, inverse + row, product + row * filters,    \
+                       along + row, part, e, n, own, ROWS, FOR_K)
+    for (; own->limit && row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE) {
+        if (part) SOME(ROWS_AT_ONCE, 1);
+        else SOME(ROWS_AT_ONCE, 0);
+    }
+    for (; own->limit && row < rows; row++) {
+        if (part) SOME(1, 1);
+        else SOME(1, 0);
+    }
+#undef SOME
+#endif
+    for (; row < rows; row++) {
+        float norm = inverse[row];
+        along[row] = respond_backward_row_of(gradient + row * filters, saved + row * filters, &norm, product + row * filters,
+                                             part, e, n, 0);
+    }
+}
