@@ -155,11 +155,6 @@ INLINE void forward_row_of(float *out, float *kept, const float *inverse, const 
     else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
 }
 
-INLINE Curve curve_of(const Elementwise *e, long o) {
-    long own = e->curves > 1 ? o : 0;
-    return (Curve){e->near + own, e->far + own, e->curves};
-}
-
 static void forward_planes(float *product, float *kept, const Elementwise *e) {
     long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
     long tasks = e->images * e->groups * tiles;
@@ -228,7 +223,7 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
             const float *own = is_depthwise ? inverse + first : norms;
             if (e->operator == CURVE)
-                curve_row(out, own, part.filters, curve_of(e, 0), part.gain, part.bias, e->low, e->high, 1, 0);
+                curve_rows_of(out, own, 1, part.filters, curve_of(e, 0), part.gain, part.bias, e->low, e->high, 1, 0);
             else if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
             else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
@@ -242,16 +237,18 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
 }
 
 static void curve_rows(float *product, const Elementwise *e) {
+    long rows = e->images * e->positions, blocks = (rows + ROWS_OF_CURVES - 1) / ROWS_OF_CURVES;
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
-    for (long row = 0; row < e->images * e->positions; row++) {
+    for (long block = 0; block < blocks; block++) {
+        long row = block * ROWS_OF_CURVES, some = rows - row < ROWS_OF_CURVES ? rows - row : ROWS_OF_CURVES;
         float *out = product + row * e->filters, low = e->low, high = e->high;
-        const float *inverse = e->inverse + row * e->groups;
+        const float *inverse = e->inverse + row * e->groups, *gain = e->gain, *bias = e->bias;
         Curve curve = curve_of(e, 0);
-        if (e->groups > 1 && e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 1);
-        else if (e->groups > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 0);
-        else if (e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 1);
-        else curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 0);
-        if (e->is_gelu) gelu_run(out, e->filters);
+        if (e->groups > 1 && e->curves > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 1, 1);
+        else if (e->groups > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 1, 0);
+        else if (e->curves > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 0, 1);
+        else curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 0, 0);
+        if (e->is_gelu) gelu_run(out, some * e->filters);
     }
 }
 
@@ -273,6 +270,7 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
 void forward(float *product, float *kept, const Elementwise *e) {
     int is_small = !e->channels_last && e->positions < FEW && e->images > 1;
     Elementwise same = *e;
+    if (is_small && e->operator == CURVE && curve_small_planes(product, e)) return;
     if (is_small && e->curves > 1) same.operator = SIGMOID; /* too many terms to repeat for each number */
     if (e->channels_last && e->operator == CURVE) curve_rows(product, e);
     else if (e->channels_last) forward_rows(product, kept, e);
