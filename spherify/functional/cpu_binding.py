@@ -83,6 +83,7 @@ def library() -> ctypes.CDLL | None:
             "rows",
             "patches",
             "depthwise",
+            "depthwise_folded",
             "depthwise_gradient",
             "training",
             "pointwise",
@@ -116,6 +117,8 @@ def library() -> ctypes.CDLL | None:
     found.can_convolve.argtypes = (pointer, c_long)
     found.convolve_with_norms.argtypes = (pointer, pointer, pointer, pointer, pointer, c_float, c_float)
     found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
+    found.can_convolve_rows.argtypes = (pointer,)
+    found.convolve_rows_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.learned_k.argtypes = (pointer, pointer, pointer, c_long, c_float, c_float)
     found.learned_k.restype = None
     found.softness_terms.argtypes = (pointer, pointer, c_long)

@@ -29,6 +29,13 @@ INLINE float far_on(Curve curve, long o, float c) {
     return copysignf(size > CURVE_EDGE ? far : near, c);
 }
 
+/* Rows and their norms, and the numbers from one to the next. */
+typedef struct {
+    const float *from, *inverse;
+    float *out;
+    long from_step, norm_step, step;
+} Across;
+
 #ifdef __AVX512F__
 enum { AT_ONCE = 4 }; /* vectors; a branch for each would often be mispredicted */
 
@@ -188,33 +195,30 @@ static int curve_small_planes(float *product, const Elementwise *e) {
     return 1;
 }
 
-/* Sixteen filters, or fewer, at some positions, `filters` apart. */
-INLINE void curve_across(float *out, const float *inverse, long filters, __mmask16 taken, const Curves *curves,
-                         const int rows, const int own_norms, const int own_curves) {
+/* Sixteen filters, or fewer, at some positions. */
+INLINE void curve_across(const Across *a, long row, long o, __mmask16 taken, const Curves *curves, const int rows,
+                         const int own_norms, const int own_curves) {
+    const float *from = a->from + row * a->from_step + o, *inverse = a->inverse + row * a->norm_step + (own_norms ? o : 0);
+    float *out = a->out + row * a->step + o;
     __m512 c[AT_ONCE];
     for (int r = 0; r < rows; r++) {
-        __m512 norm = own_norms ? _mm512_maskz_loadu_ps(taken, inverse + r * filters) : lanes(inverse[r]);
-        c[r] = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, out + r * filters), norm);
+        __m512 norm = own_norms ? _mm512_maskz_loadu_ps(taken, inverse + r * a->norm_step) : lanes(inverse[r * a->norm_step]);
+        c[r] = _mm512_mul_ps(_mm512_maskz_loadu_ps(taken, from + r * a->from_step), norm);
     }
     curve_cosines(c, taken, curves, rows, own_curves);
-    for (int r = 0; r < rows; r++) _mm512_mask_storeu_ps(out + r * filters, taken, c[r]);
+    for (int r = 0; r < rows; r++) _mm512_mask_storeu_ps(out + r * a->step, taken, c[r]);
 }
 
 /* Some rows, with gains and biases of each filter's own; with norms and curves of their own, or all with the first. */
-INLINE void curve_rows_of(float *restrict out, const float *inverse, long rows, long filters, Curve curve,
-                          const float *gain, const float *bias, float low, float high, const int own_norms,
-                          const int own_curves) {
-    for (long o = 0; o < filters; o += 16) {
-        __mmask16 taken = first_of(filters - o);
-        Curves curves = curves_at(curve, own_curves ? o : 0, taken, low, high, own_curves);
-        curves.gain = _mm512_maskz_loadu_ps(taken, gain + o), curves.bias = _mm512_maskz_loadu_ps(taken, bias + o);
-        float *to = out + o;
-        const float *norms = own_norms ? inverse + o : inverse;
-        long row = 0, step = own_norms ? filters : 1;
+INLINE void curve_rows_of(const Across *a, long rows, const Elementwise *e, const int own_norms, const int own_curves) {
+    for (long o = 0; o < e->filters; o += 16) {
+        __mmask16 taken = first_of(e->filters - o);
+        Curves curves = curves_at(curve_of(e, 0), own_curves ? o : 0, taken, e->low, e->high, own_curves);
+        curves.gain = _mm512_maskz_loadu_ps(taken, e->gain + o), curves.bias = _mm512_maskz_loadu_ps(taken, e->bias + o);
+        long row = 0;
         for (; rows - row >= AT_ONCE; row += AT_ONCE)
-            curve_across(to + row * filters, norms + row * step, filters, taken, &curves, AT_ONCE, own_norms, own_curves);
-        for (; row < rows; row++)
-            curve_across(to + row * filters, norms + row * step, filters, taken, &curves, 1, own_norms, own_curves);
+            curve_across(a, row, o, taken, &curves, AT_ONCE, own_norms, own_curves);
+        for (; row < rows; row++) curve_across(a, row, o, taken, &curves, 1, own_norms, own_curves);
     }
 }
 #else
@@ -262,12 +266,11 @@ INLINE void curve_row(float *restrict out, const float *inverse, long count, Cur
     }
 }
 
-INLINE void curve_rows_of(float *restrict out, const float *inverse, long rows, long filters, Curve curve,
-                          const float *gain, const float *bias, float low, float high, const int own_norms,
-                          const int own_curves) {
+/* In place alone. */
+INLINE void curve_rows_of(const Across *a, long rows, const Elementwise *e, const int own_norms, const int own_curves) {
     for (long row = 0; row < rows; row++)
-        curve_row(out + row * filters, inverse + (own_norms ? row * filters : row), filters, curve, gain, bias, low, high,
-                  own_norms, own_curves);
+        curve_row(a->out + row * a->step, a->inverse + row * a->norm_step, e->filters, curve_of(e, 0), e->gain, e->bias,
+                  e->low, e->high, own_norms, own_curves);
 }
 
 static int curve_small_planes(float *product, const Elementwise *e) { return product == NULL && e == NULL; /* no */ }

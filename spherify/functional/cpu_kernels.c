@@ -222,8 +222,8 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             part.rise = values[4].numbers + values[4].step * value;
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
             const float *own = is_depthwise ? inverse + first : norms;
-            if (e->operator == CURVE)
-                curve_rows_of(out, own, 1, part.filters, curve_of(e, 0), part.gain, part.bias, e->low, e->high, 1, 0);
+            const Across row = {out, own, out, 0, 0, 0};
+            if (e->operator == CURVE) curve_rows_of(&row, 1, &part, 1, 0);
             else if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
             else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
@@ -241,13 +241,12 @@ static void curve_rows(float *product, const Elementwise *e) {
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
     for (long block = 0; block < blocks; block++) {
         long row = block * ROWS_OF_CURVES, some = rows - row < ROWS_OF_CURVES ? rows - row : ROWS_OF_CURVES;
-        float *out = product + row * e->filters, low = e->low, high = e->high;
-        const float *inverse = e->inverse + row * e->groups, *gain = e->gain, *bias = e->bias;
-        Curve curve = curve_of(e, 0);
-        if (e->groups > 1 && e->curves > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 1, 1);
-        else if (e->groups > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 1, 0);
-        else if (e->curves > 1) curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 0, 1);
-        else curve_rows_of(out, inverse, some, e->filters, curve, gain, bias, low, high, 0, 0);
+        float *out = product + row * e->filters;
+        const Across a = {out, e->inverse + row * e->groups, out, e->filters, e->groups, e->filters};
+        if (e->groups > 1 && e->curves > 1) curve_rows_of(&a, some, e, 1, 1);
+        else if (e->groups > 1) curve_rows_of(&a, some, e, 1, 0);
+        else if (e->curves > 1) curve_rows_of(&a, some, e, 0, 1);
+        else curve_rows_of(&a, some, e, 0, 0);
         if (e->is_gelu) gelu_run(out, some * e->filters);
     }
 }
@@ -543,6 +542,7 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
 }
 
 #include "cpu_depthwise.h"
+#include "cpu_depthwise_folded.h"
 #include "cpu_depthwise_gradient.h"
 #include "cpu_training.h"
 #include "cpu_pointwise.h"
