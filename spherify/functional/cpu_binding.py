@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spherify.functional.c_library import NotCompiled, compiled
+from spherify.functional.c_library import NotCompiled, compiled, options_of
 
 CODES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable": 2, "curve": 3}
 NUMBERS_A_THREAD = 1 << 15  # below it a second thread costs more than it brings
@@ -130,8 +130,10 @@ WHY_NOT: list[str] = []
 
 
 def state() -> str:
-    """One line for reports: whether the kernels are in use here."""
-    return "compiled" if library() is not None else f"not in use ({WHY_NOT[0]}): plain operations stand in"
+    """One line for reports: whether the kernels are in use here, and what they were compiled for."""
+    if (kernels := library()) is None:
+        return f"not in use ({WHY_NOT[0]}): plain operations stand in"
+    return f"compiled ({options_of(kernels)})"
 
 
 def threads_for(numbers: int) -> int:

@@ -16,12 +16,12 @@ int can_convolve_rows(const Layer *layer) {
 #endif
 }
 
-/* Cosines of a row of patches, with gains and biases where there are some. */
-INLINE void finish_cosines(const Across *a, long count, const Elementwise *e, const int is_full) {
-    for (long q = 0; q < count; q++) {
-        const float *product = a->from + q * a->from_step, *norms = a->inverse + q * a->norm_step, *gain = e->gain;
-        const float *bias = e->bias;
-        float *out = a->out + q * a->step, guard = e->guard, low = e->low, high = e->high;
+/* Cosines with gains and biases, where there are some. */
+INLINE void finish_cosines(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
+                           const int is_full) {
+    const float *gain = e->gain, *bias = e->bias;
+    float guard = e->guard, low = e->low, high = e->high;
+    for (long q = 0, wide = wide_of(w->channels); q < w->out_width; q++, product += wide, norms += wide, out += e->filters) {
 #pragma omp simd
         for (long o = 0; o < e->filters; o++) {
             float c = within(product[o] * norms[o], guard);
@@ -30,52 +30,25 @@ INLINE void finish_cosines(const Across *a, long count, const Elementwise *e, co
     }
 }
 
+static void folded_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
+    long wide = wide_of(w->channels);
+    const Across a = {product, norms, out, wide, wide, e->filters};
+    if (e->operator == CURVE) curve_some_rows(&a, w->out_width, e);
+    else if (e->gain && e->bias) finish_cosines(product, norms, out, w, e, 1);
+    else finish_cosines(product, norms, out, w, e, 0);
+    if (e->is_gelu) gelu_run(out, w->out_width * e->filters);
+}
+
 /* out = response to the patches of x, (N, H, W, C). The filters (C, 1, U, V) have no lengths: unit filters over `scale`. */
 int convolve_rows_and_respond(const float *x, const float *weight, float *out, const Layer *layer) {
     const Window *w = &layer->window;
-    const Elementwise *e = &layer->response;
     const Depthwise d = {.weight = weight};
-    long channels = w->channels, wide = wide_of(channels), taps = w->window[0] * w->window[1];
-    long line = w->width * channels, size = w->height * line, row = w->out_width * channels;
-    float *terms = calloc(wide * (taps + 1) + BLOCK, sizeof(float)), *packed = on_line(terms);
-    int failed = 0;
+    long numbers = wide_of(w->channels) * w->window[0] * w->window[1];
+    float *terms = calloc(numbers + w->channels + BLOCK, sizeof(float)), *packed = on_line(terms), *length = packed + numbers;
     if (terms == NULL) return 1;
-    pack_filters(&d, w, 0.0f, packed, packed + wide * taps, 0);
-    for (long i = 0; i < wide * taps; i++) packed[i] *= layer->scale;
-#pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
-    {
-        Band band = band_of_input(w);
-        const float **rows = malloc(w->window[0] * sizeof(float *));
-        long held = numbers_of(&band), edge = band.columns * wide, outputs = w->out_width * wide, next = 0, top;
-        float *room = calloc(held + edge + 2 * outputs + BLOCK, sizeof(float));
-        float *product = on_line(room), *norms = product + outputs;
-        failed |= rows == NULL || room == NULL;
-        band.zeros = norms + outputs;
-        band.numbers = norms + outputs + edge;
-#pragma omp for schedule(static)
-        for (long task = 0; task < w->images * w->out_height; task++) {
-            if (rows == NULL || room == NULL) continue;
-            long p = task % w->out_height;
-            const float *from = x + task / w->out_height * size;
-            const Across a = {product, norms, out + task * row, wide, wide, channels};
-            next = hold_rows(&band, from, w, p, p == 0 ? 0 : next);
-            Shape s = shape_at(&band, w, p, rows, &top);
-            for (long c = 0; c < channels; c += BLOCK) {
-                Along along = {.rows = rows, .to = product + c, .norms = norms + c, .first = c, .wide = wide,
-                               .count = w->out_width, .apart = channels, .taken = channels - c, .eps = layer->eps};
-                along.ahead[0] = ahead_of(from + next * line, w->stride[0] * line, w->out_width, c, channels);
-                along.ahead[1] = ahead_of(a.out, row, w->out_width, c, channels);
-                products_of_row(&along, (const Block *)(packed + c * taps) + top * s.size, &s);
-            }
-            if (e->operator == CURVE && e->curves > 1) curve_rows_of(&a, w->out_width, e, 1, 1);
-            else if (e->operator == CURVE) curve_rows_of(&a, w->out_width, e, 1, 0);
-            else if (e->gain && e->bias) finish_cosines(&a, w->out_width, e, 1);
-            else finish_cosines(&a, w->out_width, e, 0);
-            if (e->is_gelu) gelu_run(a.out, row);
-        }
-        free(room);
-        free(rows);
-    }
+    pack_filters(&d, w, 0.0f, packed, length, 0);
+    for (long i = 0; i < numbers; i++) packed[i] *= layer->scale;
+    int failed = row_by_row(x, out, w, &layer->response, packed, length, layer->eps, folded_row);
     free(terms);
     return failed;
 }

@@ -9,6 +9,11 @@
 #include "cpu_vectors.h"
 #include "cpu_norms.h"
 
+#ifndef BUILT_WITH
+#define BUILT_WITH "options that nobody told"
+#endif
+const char *const built_with = BUILT_WITH; /* read by c_library.py */
+
 INLINE float at(const float *values, long o, float otherwise) { return values ? values[o] : otherwise; }
 
 /* ---- forward ---- */
@@ -189,6 +194,13 @@ static Repeated repeated(const float *values, float otherwise, long filters, lon
     return to;
 }
 
+static void curve_some_rows(const Across *a, long rows, const Elementwise *e) {
+    if (e->groups > 1 && e->curves > 1) curve_rows_of(a, rows, e, 1, 1);
+    else if (e->groups > 1) curve_rows_of(a, rows, e, 1, 0);
+    else if (e->curves > 1) curve_rows_of(a, rows, e, 0, 1);
+    else curve_rows_of(a, rows, e, 0, 0);
+}
+
 /* Maps too small to fill a vector: many of them are one row, in which each number has its own norm, gain, bias.
    Returns 0 where there is no room for that. */
 static int forward_small_planes(float *product, float *kept, const Elementwise *e) {
@@ -223,7 +235,7 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
             const float *own = is_depthwise ? inverse + first : norms;
             const Across row = {out, own, out, 0, 0, 0};
-            if (e->operator == CURVE) curve_rows_of(&row, 1, &part, 1, 0);
+            if (e->operator == CURVE) curve_some_rows(&row, 1, &part);
             else if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
             else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
@@ -243,10 +255,7 @@ static void curve_rows(float *product, const Elementwise *e) {
         long row = block * ROWS_OF_CURVES, some = rows - row < ROWS_OF_CURVES ? rows - row : ROWS_OF_CURVES;
         float *out = product + row * e->filters;
         const Across a = {out, e->inverse + row * e->groups, out, e->filters, e->groups, e->filters};
-        if (e->groups > 1 && e->curves > 1) curve_rows_of(&a, some, e, 1, 1);
-        else if (e->groups > 1) curve_rows_of(&a, some, e, 1, 0);
-        else if (e->curves > 1) curve_rows_of(&a, some, e, 0, 1);
-        else curve_rows_of(&a, some, e, 0, 0);
+        curve_some_rows(&a, some, e);
         if (e->is_gelu) gelu_run(out, some * e->filters);
     }
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_void_p
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from spherify.functional.cpu_kernels import ByFilter, checked, elementwise, guar
 from spherify.functional.fits import fit_of
 
 MOST_HELD = 512  # descriptions; a network has one for each shape of output
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 HELD: dict[tuple[object, ...], tuple[Elementwise, list[Tensor | None]]] = {}
 
 
@@ -54,15 +56,21 @@ def terms_of(
         return described, alive
     key = (operator, *others, product.shape, inverse.shape[1], torch.get_num_threads())
     if (held := HELD.get(key)) is None:
-        if len(HELD) >= MOST_HELD:
-            HELD.clear()
         described, (_, _, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
         describe_fit(described, values)
-        held = HELD[key] = described, fillers
+        held = hold(HELD, key, (described, fillers))
     described, fillers = held
     described = Elementwise.from_buffer_copy(described)
     described.inverse, described.length = inverse.data_ptr(), length.data_ptr()
     return described, fillers
+
+
+def hold(held: dict[Key, Found], key: Key, found: Found) -> Found:
+    """Keep what was found, and forget the rest where that is much: images of many sizes must not fill the memory."""
+    if len(held) >= MOST_HELD:
+        held.clear()
+    held[key] = found
+    return found
 
 
 def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:
