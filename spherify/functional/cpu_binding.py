@@ -1,6 +1,6 @@
 """How the C kernels of the CPU are found and called, and which tensors they can be given.
 
-They are compiled on first use by the C compiler of the machine (fifteen seconds), kept in the user's cache, and called
+They are compiled on first use by the C compiler of the machine (twenty seconds), kept in the user's cache, and called
 through ctypes. Without a compiler plain operations stand in. ``SPHERIFY_CPU_KERNELS=0`` turns them off.
 """
 
