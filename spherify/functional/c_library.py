@@ -58,7 +58,8 @@ def compile_to(path: Path, source: Path, compiler: str) -> None:
     os.close(handle)
     try:
         for extra in EXTRAS:
-            command = [compiler, *FLAGS, *extra, str(source), "-o", name, "-lm"]
+            told = f'-DBUILT_WITH="{" ".join(extra)}"'  # for `options_of`
+            command = [compiler, *FLAGS, *extra, told, str(source), "-o", name, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode == 0:
                 Path(name).replace(path)
@@ -69,6 +70,13 @@ def compile_to(path: Path, source: Path, compiler: str) -> None:
         raise NotCompiled(f"{compiler} did not end within {SECONDS:.0f} s") from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def options_of(library: ctypes.CDLL) -> str:
+    """Which of ``EXTRAS`` the compiler took; a library from the cache knows it, too."""
+    told = ctypes.c_char_p.in_dll(library, "built_with").value
+    assert told is not None
+    return told.decode() or "no options for this processor"
 
 
 def processor() -> str:

@@ -1,6 +1,6 @@
 """How the C kernels of the CPU are found and called, and which tensors they can be given.
 
-They are compiled on first use by the C compiler of the machine (fifteen seconds), kept in the user's cache, and called
+They are compiled on first use by the C compiler of the machine (twenty seconds), kept in the user's cache, and called
 through ctypes. Without a compiler plain operations stand in. ``SPHERIFY_CPU_KERNELS=0`` turns them off.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spherify.functional.c_library import NotCompiled, compiled
+from spherify.functional.c_library import NotCompiled, compiled, options_of
 
 CODES = {"cosine": 0, "linear": 1, "sigmoid": 2, "learnable": 2, "curve": 3}
 NUMBERS_A_THREAD = 1 << 15  # below it a second thread costs more than it brings
@@ -85,6 +85,7 @@ def library() -> ctypes.CDLL | None:
             "rows",
             "patches",
             "depthwise",
+            "depthwise_folded",
             "depthwise_gradient",
             "training",
             "pointwise",
@@ -118,6 +119,8 @@ def library() -> ctypes.CDLL | None:
     found.can_convolve.argtypes = (pointer, c_long)
     found.convolve_with_norms.argtypes = (pointer, pointer, pointer, pointer, pointer, c_float, c_float)
     found.convolve_and_respond.argtypes = (pointer, pointer, pointer, pointer)
+    found.can_convolve_rows.argtypes = (pointer,)
+    found.convolve_rows_and_respond.argtypes = (pointer, pointer, pointer, pointer)
     found.learned_k.argtypes = (pointer, pointer, pointer, c_long, c_float, c_float)
     found.learned_k.restype = None
     found.softness_terms.argtypes = (pointer, pointer, c_long)
@@ -129,8 +132,10 @@ WHY_NOT: list[str] = []
 
 
 def state() -> str:
-    """One line for reports: whether the kernels are in use here."""
-    return "compiled" if library() is not None else f"not in use ({WHY_NOT[0]}): plain operations stand in"
+    """One line for reports: whether the kernels are in use here, and what they were compiled for."""
+    if (kernels := library()) is None:
+        return f"not in use ({WHY_NOT[0]}): plain operations stand in"
+    return f"compiled ({options_of(kernels)})"
 
 
 def threads_for(numbers: int) -> int:

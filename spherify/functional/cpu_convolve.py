@@ -1,8 +1,9 @@
-"""Folded depthwise layers with 3x3 windows on the CPU: product, norms and response by one kernel, in one pass."""
+"""Folded depthwise layers on the CPU: product, norms and response by one kernel, in one pass."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.curves import Curve
 from spherify.functional.fused import takes
+
+SERVED = ((3, 3), (5, 5), (7, 7))  # windows of which the kernels may serve a layer
 
 
 def convolved(
@@ -36,20 +39,37 @@ def convolved(
     """
     kernels = cpu_binding.library()
     groups = numbers[3]
-    if kernels is None or groups != x.shape[1] or weight.shape != (groups, 1, 3, 3) or not is_plain(weight):
+    taken = tuple(weight.shape[2:])
+    if kernels is None or groups != x.shape[1] or weight.shape[:2] != (groups, 1) or not is_plain(weight):
         return None
-    window, sizes = cpu_kernels.described_window(x, (3, 3), *numbers)
-    if not kernels.can_convolve(ctypes.byref(window), groups):
+    window, sizes = cpu_kernels.described_window(x, taken, *numbers)
+    if taken not in SERVED or min(sizes) < 1:
         return None
-    out = x.new_empty(sizes)
+    out = empty(sizes, bool(window.channels_last))
     guard = cpu_kernels.guard_of(operator) if guard is None else guard
     response, alive = cpu_kernels.elementwise(  # the norms, which lie as the output does, are the kernel's own
         out, out, operator, values, guard=guard, low=low, high=high, curve=curve, is_gelu=is_gelu
     )
-    place = ctypes.byref(cpu_binding.Layer(window, response, eps, power))
-    cpu_kernels.checked(kernels.convolve_and_respond(x.data_ptr(), weight.data_ptr(), out.data_ptr(), place))
+    layer = cpu_binding.Layer(window, response, eps, power)
+    if (kernel := kernel_for(layer)) is None:
+        return None
+    cpu_kernels.checked(kernel(x.data_ptr(), weight.data_ptr(), out.data_ptr(), ctypes.byref(layer)))
     del alive
     return out
+
+
+def kernel_for(layer: cpu_binding.Layer) -> Callable[..., int] | None:
+    """What convolves for a folded depthwise layer: on planes with 3x3 windows, channels-last also with 5x5 and 7x7."""
+    kernels = cpu_binding.library()
+    assert kernels is not None
+    if kernels.can_convolve(ctypes.byref(layer.window), layer.response.filters):
+        return kernels.convolve_and_respond
+    return kernels.convolve_rows_and_respond if kernels.can_convolve_rows(ctypes.byref(layer)) else None
+
+
+def empty(sizes: tuple[int, ...], rows: bool) -> Tensor:
+    layout = torch.channels_last if rows else torch.contiguous_format
+    return torch.empty(sizes, dtype=torch.float32, device="cpu", memory_format=layout)
 
 
 def is_plain(weight: Tensor) -> bool:

@@ -65,23 +65,29 @@ INLINE Shape shape_at(const Band *b, const Window *w, long p, const float **rows
     return s;
 }
 
+/* What becomes of a row of products and norms, `wide_of` channels apart. */
+typedef void Answer(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e);
+
 INLINE void respond_row_by_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
                                const int operator) {
     for (long q = 0, wide = wide_of(w->channels); q < w->out_width; q++)
         respond_to_row(product + q * wide, out + q * w->channels, norms + q * wide, e, operator, 1);
 }
 
-/* out = the response of each patch's angle to its filter, before any gain and bias; `given` has no lengths. */
-int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
+static void linear_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
+    respond_row_by_row(product, norms, out, w, e, LINEAR);
+}
+
+static void sigmoid_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
+    respond_row_by_row(product, norms, out, w, e, SIGMOID);
+}
+
+/* Every row of patches of x, by packed filters: the `answer` to products and norms, or, without one, cosines by `length`. */
+static int row_by_row(const float *x, float *out, const Window *w, const Elementwise *e, const float *packed,
+                      const float *length, float eps, Answer *answer) {
     long channels = w->channels, wide = wide_of(channels), taps = w->window[0] * w->window[1];
     long line = w->width * channels, size = w->height * line, row = w->out_width * channels;
-    float *terms = calloc(wide * (taps + 1) + BLOCK, sizeof(float)), *packed = on_line(terms);
-    float *length = packed + wide * taps;
-    Elementwise response = *given, *e = &response;
     int failed = 0;
-    if (terms == NULL) return 1;
-    e->length = length;
-    pack_filters(d, w, eps, packed, length, 0);
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         Band band = band_of_input(w);
@@ -96,27 +102,39 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
         for (long task = 0; task < w->images * w->out_height; task++) {
             if (rows == NULL || room == NULL) continue;
             long p = task % w->out_height;
-            float *out = d->out + task * row;
-            const float *x = d->x + task / w->out_height * size;
-            next = hold_rows(&band, x, w, p, p == 0 ? 0 : next);
+            float *to = out + task * row;
+            const float *from = x + task / w->out_height * size;
+            next = hold_rows(&band, from, w, p, p == 0 ? 0 : next);
             Shape s = shape_at(&band, w, p, rows, &top);
             for (long c = 0; c < channels; c += BLOCK) {
                 Along a = {.rows = rows, .length = length + c, .norms = norms + c, .first = c, .wide = wide,
                            .count = w->out_width, .apart = channels, .taken = channels - c, .eps = eps};
-                a.ahead[0] = ahead_of(x + next * line, w->stride[0] * line, w->out_width, c, channels);
-                a.ahead[1] = ahead_of(out, row, w->out_width, c, channels);
-                a.to = e->operator == COSINE ? out + c : product + c;
+                a.ahead[0] = ahead_of(from + next * line, w->stride[0] * line, w->out_width, c, channels);
+                a.ahead[1] = ahead_of(to, row, w->out_width, c, channels);
+                a.to = answer == NULL ? to + c : product + c;
                 const Block *filters = (const Block *)(packed + c * taps) + top * s.size;
-                if (e->operator == COSINE) cosines_of_row(&a, filters, &s);
+                if (answer == NULL) cosines_of_row(&a, filters, &s);
                 else products_of_row(&a, filters, &s);
             }
-            if (e->operator == COSINE) continue;
-            if (e->operator == LINEAR) respond_row_by_row(product, norms, out, w, e, LINEAR);
-            else respond_row_by_row(product, norms, out, w, e, SIGMOID);
+            if (answer != NULL) answer(product, norms, to, w, e);
         }
         free(room);
         free(rows);
     }
+    return failed;
+}
+
+/* out = the response of each patch's angle to its filter, before any gain and bias; `given` has no lengths. */
+int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
+    long wide = wide_of(w->channels), taps = w->window[0] * w->window[1];
+    float *terms = calloc(wide * (taps + 1) + BLOCK, sizeof(float)), *packed = on_line(terms);
+    float *length = packed + wide * taps;
+    Elementwise e = *given;
+    if (terms == NULL) return 1;
+    e.length = length;
+    pack_filters(d, w, eps, packed, length, 0);
+    Answer *answer = e.operator == COSINE ? NULL : e.operator == LINEAR ? linear_row : sigmoid_row;
+    int failed = row_by_row(d->x, d->out, w, &e, packed, length, eps, answer);
     free(terms);
     return failed;
 }

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import Elementwise, Window
-from spherify.functional.cpu_kernels import checked, constants, elementwise, guard_of, window_of
-from spherify.functional.cpu_rows import describe_fit
+from spherify.functional.cpu_kernels import checked, constants, elementwise, guard_of, sizes_of_output, window_of
+from spherify.functional.cpu_rows import describe_fit, describe_k, hold
 
 Windowed = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation
 Softness = Tensor | float | None
 
-MOST_HELD = 512  # descriptions; a network has one for each shape of input
 HELD: dict[tuple[object, ...], tuple[Window, Elementwise, list[Tensor | None]]] = {}
 
 
@@ -46,8 +45,7 @@ def lies_in_rows(x: Tensor) -> bool:
 
 def shape_of_response(x: Tensor, weight: Tensor, window: Windowed) -> list[int]:
     """(N, C, P, Q)."""
-    axes = zip(x.shape[2:], weight.shape[2:], *window, strict=True)
-    outs = [(size + 2 * pad - gap * (taken - 1) - 1) // step + 1 for size, taken, step, pad, gap in axes]
+    outs = sizes_of_output(x.shape[2:], weight.shape[2:], *window)
     if any(out < 1 for out in outs):
         raise RuntimeError(
             f"Kernel size {tuple(weight.shape[2:])} can't be greater than the padded input {tuple(x.shape[2:])}."
@@ -58,7 +56,7 @@ def shape_of_response(x: Tensor, weight: Tensor, window: Windowed) -> list[int]:
 def described(
     x: Tensor, like: Tensor, sizes: tuple[int, ...], operator: str, k: Softness, window: Windowed
 ) -> tuple[Window, Elementwise, list[Tensor | None]]:
-    """What the kernels are told, and what must outlive them; made once for each shape where no k is learned.
+    """What the kernels are told, and what must outlive them; made once for each shape, but for a learned k.
 
     Args:
         like: of the response's shape and layout.
@@ -66,19 +64,18 @@ def described(
     """
     stride, padding, dilation = map(tuple, window)
     threads = cpu_binding.threads_for(x.numel())
-    key = (x.shape, sizes, stride, padding, dilation, operator, k, threads)
-    if not isinstance(k, Tensor) and (held := HELD.get(key)) is not None:
-        return held
-    frame, _ = window_of(x.shape, sizes, stride, padding, dilation, x.shape[1], True, threads)
-    values = constants(operator, k)
-    terms, alive = elementwise(like, like, operator, values, guard=guard_of(operator))
-    describe_fit(terms, values)
-    found = frame, terms, alive[1:]
+    key = (x.shape, sizes, stride, padding, dilation, operator, Tensor if isinstance(k, Tensor) else k, threads)
+    if (held := HELD.get(key)) is None:
+        frame, _ = window_of(x.shape, sizes, stride, padding, dilation, x.shape[1], True, threads)
+        values = constants(operator, k)
+        terms, (_, *alive) = elementwise(like, like, operator, values, guard=guard_of(operator))
+        describe_fit(terms, values)
+        held = hold(HELD, key, (frame, terms, alive))
     if not isinstance(k, Tensor):
-        if len(HELD) >= MOST_HELD:
-            HELD.clear()
-        HELD[key] = found
-    return found
+        return held
+    frame, terms, alive = held
+    terms = Elementwise.from_buffer_copy(terms)
+    return frame, terms, [*alive, describe_k(terms, k, x.shape[1])]
 
 
 def respond(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Windowed, eps: float) -> Tensor:
@@ -108,10 +105,9 @@ def respond_backward(
     """The gradients by input and weight, and (2, C): sums of the gradient with the response, and for k.
 
     Args:
+        gradient: by the response, which both lie as ``x`` does.
         needs_x: whether the first is wanted; else it is empty. Likewise the sums are zero but for a learned k.
     """
-    if gradient.stride() != response.stride():
-        gradient = torch.empty_like(response).copy_(gradient)
     dense = weight.contiguous()
     by_x, by_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(dense)
     sums = response.new_zeros((2, x.shape[1]))

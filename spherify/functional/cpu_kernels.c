@@ -9,6 +9,11 @@
 #include "cpu_vectors.h"
 #include "cpu_norms.h"
 
+#ifndef BUILT_WITH
+#define BUILT_WITH "options that nobody told"
+#endif
+const char *const built_with = BUILT_WITH; /* read by c_library.py */
+
 INLINE float at(const float *values, long o, float otherwise) { return values ? values[o] : otherwise; }
 
 /* ---- forward ---- */
@@ -156,11 +161,6 @@ INLINE void forward_row_of(float *out, float *kept, const float *inverse, const 
     else forward_row(out, kept, inverse, e, operator, 0, 0, 0);
 }
 
-INLINE Curve curve_of(const Elementwise *e, long o) {
-    long own = e->curves > 1 ? o : 0;
-    return (Curve){e->near + own, e->far + own, e->curves};
-}
-
 static void forward_planes(float *product, float *kept, const Elementwise *e) {
     long filters = e->filters / e->groups, tiles = (e->positions + TILE - 1) / TILE;
     long tasks = e->images * e->groups * tiles;
@@ -193,6 +193,13 @@ static Repeated repeated(const float *values, float otherwise, long filters, lon
     for (long o = 0; to.numbers != NULL && o < size / count; o++)
         for (long s = 0; s < count; s++) to.numbers[o * count + s] = at(values, o, otherwise);
     return to;
+}
+
+static void curve_some_rows(const Across *a, long rows, const Elementwise *e) {
+    if (e->groups > 1 && e->curves > 1) curve_rows_of(a, rows, e, 1, 1);
+    else if (e->groups > 1) curve_rows_of(a, rows, e, 1, 0);
+    else if (e->curves > 1) curve_rows_of(a, rows, e, 0, 1);
+    else curve_rows_of(a, rows, e, 0, 0);
 }
 
 /* Maps too small to fill a vector: many of them are one row, in which each number has its own norm, gain, bias.
@@ -228,8 +235,8 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
             part.rise = values[4].numbers + values[4].step * value;
             float *out = product + place, *also = kept == NULL ? NULL : kept + place;
             const float *own = is_depthwise ? inverse + first : norms;
-            if (e->operator == CURVE)
-                curve_row(out, own, part.filters, curve_of(e, 0), part.gain, part.bias, e->low, e->high, 1, 0);
+            const Across row = {out, own, out, 0, 0, 0};
+            if (e->operator == CURVE) curve_some_rows(&row, 1, &part);
             else if (e->operator == COSINE) forward_row(out, also, own, &part, COSINE, 0, 1, 1);
             else if (e->operator == LINEAR && kept == NULL) forward_row(out, also, own, &part, LINEAR, 0, 1, 1);
             else if (e->operator == LINEAR) forward_row(out, also, own, &part, LINEAR, 1, 1, 1);
@@ -243,16 +250,14 @@ static int forward_small_planes(float *product, float *kept, const Elementwise *
 }
 
 static void curve_rows(float *product, const Elementwise *e) {
+    long rows = e->images * e->positions, blocks = (rows + ROWS_OF_CURVES - 1) / ROWS_OF_CURVES;
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
-    for (long row = 0; row < e->images * e->positions; row++) {
-        float *out = product + row * e->filters, low = e->low, high = e->high;
-        const float *inverse = e->inverse + row * e->groups;
-        Curve curve = curve_of(e, 0);
-        if (e->groups > 1 && e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 1);
-        else if (e->groups > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 1, 0);
-        else if (e->curves > 1) curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 1);
-        else curve_row(out, inverse, e->filters, curve, e->gain, e->bias, low, high, 0, 0);
-        if (e->is_gelu) gelu_run(out, e->filters);
+    for (long block = 0; block < blocks; block++) {
+        long row = block * ROWS_OF_CURVES, some = rows - row < ROWS_OF_CURVES ? rows - row : ROWS_OF_CURVES;
+        float *out = product + row * e->filters;
+        const Across a = {out, e->inverse + row * e->groups, out, e->filters, e->groups, e->filters};
+        curve_some_rows(&a, some, e);
+        if (e->is_gelu) gelu_run(out, some * e->filters);
     }
 }
 
@@ -274,6 +279,7 @@ static void forward_rows(float *product, float *kept, const Elementwise *e) {
 void forward(float *product, float *kept, const Elementwise *e) {
     int is_small = !e->channels_last && e->positions < FEW && e->images > 1;
     Elementwise same = *e;
+    if (is_small && e->operator == CURVE && curve_small_planes(product, e)) return;
     if (is_small && e->curves > 1) same.operator = SIGMOID; /* too many terms to repeat for each number */
     if (e->channels_last && e->operator == CURVE) curve_rows(product, e);
     else if (e->channels_last) forward_rows(product, kept, e);
@@ -546,6 +552,7 @@ void subtract_own(float *by, const float *x, const float *inverse, float *along,
 }
 
 #include "cpu_depthwise.h"
+#include "cpu_depthwise_folded.h"
 #include "cpu_depthwise_gradient.h"
 #include "cpu_training.h"
 #include "cpu_pointwise.h"

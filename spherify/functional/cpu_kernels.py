@@ -23,6 +23,18 @@ from spherify.functional.cpu_binding import (
 from spherify.functional.curves import Curve
 
 
+def sizes_of_output(
+    sizes: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """How many windows there are along each axis."""
+    axes = zip(sizes, window, stride, padding, dilation, strict=True)
+    return [(size + 2 * pad - gap * (taken - 1) - 1) // step + 1 for size, taken, step, pad, gap in axes]
+
+
 @functools.lru_cache(maxsize=1024)
 def window_of(
     shape: torch.Size,
@@ -40,10 +52,7 @@ def window_of(
     spread = [
         [filler] * missing + list(values) for values, filler in ((window, 1), (stride, 1), (padding, 0), (dilation, 1))
     ]
-    out = [
-        (size + 2 * pad - gap * (taken - 1) - 1) // step + 1
-        for size, taken, step, pad, gap in zip(sizes, *spread, strict=True)
-    ]
+    out = sizes_of_output(sizes, *spread)
     described = Window(shape[0], shape[1], groups, *sizes, *out, *(Pair(*values) for values in spread), rows, threads)
     return described, (shape[0], groups, *out[missing:])
 

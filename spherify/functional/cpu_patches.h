@@ -170,55 +170,36 @@ INLINE int is_shape(const Shape *s, long many, long size, long step) {
     return s->many == many && s->size == size && s->step == step && s->gap == 1;
 }
 
-#define ALONG(MANY, SIZE, STEP)                                                                                          \
+#define ALONG(KIND, MANY, SIZE, STEP)                                                                                    \
     if (is_shape(s, MANY, SIZE, STEP)) along_row(a, weight, (Shape){MANY, SIZE, STEP, 1}, KIND, 1, 0)
-#define EACH_SHAPE                                                                                                       \
-    do {                                                                                                                 \
+
+/* A function of a row of patches, and of filters `weight`. */
+#define OF_ROW(NAME, KIND)                                                                                               \
+    static void NAME(const Along *a, const Block *weight, const Shape *s) {                                              \
         if ((KIND == COSINES || KIND == BY_COSINES) && a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);           \
-        else ALONG(3, 3, 1);                                                                                             \
-        else ALONG(3, 3, 2);                                                                                             \
-        else ALONG(s->many, 5, 1);                                                                                       \
-        else ALONG(s->many, 5, 2);                                                                                       \
-        else ALONG(s->many, 7, 1);                                                                                       \
+        else ALONG(KIND, 3, 3, 1);                                                                                       \
+        else ALONG(KIND, 3, 3, 2);                                                                                       \
+        else ALONG(KIND, s->many, 5, 1);                                                                                 \
+        else ALONG(KIND, s->many, 5, 2);                                                                                 \
+        else ALONG(KIND, s->many, 7, 1);                                                                                 \
         else along_row(a, weight, *s, KIND, 0, 0);                                                                       \
-    } while (0)
-
-/* A row of patches, of filters `weight`. */
-static void products_of_row(const Along *a, const Block *weight, const Shape *s) {
-#define KIND PRODUCTS
-    EACH_SHAPE;
-#undef KIND
-}
-
-static void cosines_of_row(const Along *a, const Block *weight, const Shape *s) {
-#define KIND COSINES
-    EACH_SHAPE;
-#undef KIND
-}
-
-static void norms_of_row(const Along *a, const Block *weight, const Shape *s) {
-#define KIND NORMS
-    EACH_SHAPE;
-#undef KIND
-}
-
-static void by_cosines_of_row(const Along *a, const Block *weight, const Shape *s) {
-#define KIND BY_COSINES
-    EACH_SHAPE;
-#undef KIND
-}
+    }
+OF_ROW(products_of_row, PRODUCTS)
+OF_ROW(cosines_of_row, COSINES)
+OF_ROW(norms_of_row, NORMS)
+OF_ROW(by_cosines_of_row, BY_COSINES)
+#undef OF_ROW
 
 /* A row of the input, of what the products get by `weight`. */
 static void gradient_of_row(const Along *a, const Block *weight, const Shape *s) {
-#define KIND GRADIENT
-    if (a->taken < BLOCK) along_row(a, weight, *s, KIND, 0, 1);
-    else ALONG(3, 3, 1);
-    else ALONG(2, 2, 1);
-    else ALONG(2, 1, 1);
-    else ALONG(1, 2, 1);
-    else ALONG(1, 1, 1);
-    else ALONG(s->many, 5, 1);
-    else ALONG(s->many, 7, 1);
-    else along_row(a, weight, *s, KIND, 0, 0);
-#undef KIND
+    if (a->taken < BLOCK) along_row(a, weight, *s, GRADIENT, 0, 1);
+    else ALONG(GRADIENT, 3, 3, 1);
+    else ALONG(GRADIENT, 2, 2, 1);
+    else ALONG(GRADIENT, 2, 1, 1);
+    else ALONG(GRADIENT, 1, 2, 1);
+    else ALONG(GRADIENT, 1, 1, 1);
+    else ALONG(GRADIENT, s->many, 5, 1);
+    else ALONG(GRADIENT, s->many, 7, 1);
+    else along_row(a, weight, *s, GRADIENT, 0, 0);
 }
+#undef ALONG

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_void_p
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from spherify.functional.families import family
 from spherify.functional.fits import fit_of
 
 MOST_HELD = 512  # descriptions; a network has one for each shape of output
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 HELD: dict[tuple[object, ...], tuple[Elementwise, list[Tensor | None]]] = {}
 
 
@@ -47,12 +49,10 @@ def terms_of(
     filters = product.shape[1]
     key = (operator, fixed_k, k is None, product.shape, inverse.shape[1], torch.get_num_threads())
     if (held := HELD.get(key)) is None:
-        if len(HELD) >= MOST_HELD:
-            HELD.clear()
         values: dict[str, ByFilter] = dict(length=length, **constants(operator, fixed_k or None if k is None else k))
         described, (_, _, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
         describe_fit(described, values)
-        held = HELD[key] = described, fillers
+        held = hold(HELD, key, (described, fillers))
     described, fillers = held
     described, own = Elementwise.from_buffer_copy(described), by_filter(length, filters)
     assert own is not None
@@ -70,6 +70,14 @@ def describe_k(described: Any, k: Tensor, filters: int) -> Tensor:
     kernels.softness_terms(own.data_ptr(), first, filters)
     described.steep, described.rise, described.end = first, first + step, first + 2 * step
     return terms
+
+
+def hold(held: dict[Key, Found], key: Key, found: Found) -> Found:
+    """Keep what was found, and forget the rest where that is much: images of many sizes must not fill the memory."""
+    if len(held) >= MOST_HELD:
+        held.clear()
+    held[key] = found
+    return found
 
 
 def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding, cpu_kernels
 from spherify.functional.cosine import CONVOLUTIONS
+from spherify.functional.cpu_convolve import empty, kernel_for
 from spherify.functional.curves import curve_of, prepare
 from spherify.functional.folded import (
     BOUNDS,
@@ -212,7 +213,7 @@ def ready_conv(
     if layer is None:
         return None
 
-    if shared is None and out.is_contiguous() and (at_once := ready_depthwise(layer, out.shape)) is not None:
+    if shared is None and len(window) == 2 and (at_once := ready_depthwise(layer, out)) is not None:
         return at_once
 
     def shared_norms(x: Tensor) -> Tensor:
@@ -221,19 +222,16 @@ def ready_conv(
     return ready_run(layer, out.stride(), convolve, numbers, None if shared is None else shared_norms)
 
 
-def ready_depthwise(layer: cpu_binding.Layer, shape: torch.Size) -> Run | None:
-    """Product, norms and response in one pass, where the kernels have a convolution of their own (3x3, depthwise)."""
-    kernels = cpu_binding.library()
-    assert kernels is not None
-    place = ctypes.byref(layer)
-    if not kernels.can_convolve(ctypes.byref(layer.window), layer.response.filters):
+def ready_depthwise(layer: cpu_binding.Layer, like: Tensor) -> Run | None:
+    """Product, norms and response in one pass, where the kernels have a convolution of their own (depthwise)."""
+    convolve, place, sizes, rows = kernel_for(layer), ctypes.byref(layer), tuple(like.shape), layer.window.channels_last
+    if convolve is None:
         return None
-    convolve = kernels.convolve_and_respond
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         if not weight.is_contiguous():
             return None
-        out = x.new_empty(shape)
+        out = empty(sizes, rows)
         cpu_kernels.checked(convolve(x.data_ptr(), weight.data_ptr(), out.data_ptr(), place))
         return out
 

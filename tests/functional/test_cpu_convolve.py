@@ -1,4 +1,4 @@
-"""Folded 3x3 depthwise layers by a convolution of our own: each size and stride against float64; what it refuses."""
+"""Folded depthwise layers by a convolution of our own: each size and stride against float64; what it refuses."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from angular_samples import normal, uniform
 from torch.testing import assert_close
 
 from spherify.functional import cpu_binding, cpu_convolve, folded
+from spherify.functional.curves import prepare
 
 pytestmark = pytest.mark.skipif(cpu_binding.library() is None, reason=f"CPU kernels: {cpu_binding.state()}")
 HEIGHTS = (1, 2, 3, 6, 7, 33)
@@ -29,9 +30,12 @@ def answers(monkeypatch):
 
 def layer(x, weight, bias, scale, operator, stride, activation=None, **changed):
     steepness = None if operator in ("cosine", "linear") else 1.2
-    window = dict(stride=stride, padding=1, dilation=1, groups=x.shape[1], padding_mode="zeros") | changed
+    if operator == "learnable":
+        steepness = torch.linspace(0.6, 1.4, len(weight)).to(weight.dtype)
+        prepare(steepness)
+    options = dict(stride=stride, padding=1, dilation=1, groups=x.shape[1], padding_mode="zeros", power=1.0) | changed
     return folded.folded_conv(
-        x, weight, bias, scale, **window, operator=operator, steepness=steepness, eps=1e-4, power=1.0,
+        x, weight, bias, scale, **options, operator=operator, steepness=steepness, eps=1e-4,
         shared=None, activation=activation,
     )  # fmt: skip
 
@@ -57,9 +61,53 @@ def test_sizes_and_strides_are_those_in_double(height, stride, operator, answers
         truth = layer(x, weight, bias, scale, operator, stride, "relu6")
         found = layer(*(t.float() for t in (x, weight, bias, scale)), operator, stride, "relu6")
         assert_close(found.double(), truth, rtol=2e-6, atol=3e-6)
-    served = [one is not None for one in answers]
-    # a map of one pixel lies in rows
-    assert sum(served) == (len(WIDTHS) - (height == 1) if is_served() else 0)
+    assert [one is not None for one in answers].count(True) == (len(WIDTHS) if is_served() else 0)
+
+
+@pytest.mark.parametrize("operator", ["cosine", "linear", "sigmoid", "learnable"])
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+@torch.no_grad()
+def test_channels_last_maps_have_the_answer_in_double(size, stride, operator, answers):
+    # maps of fewer rows than the window; channels of less than a vector, of several and some; padding of all sorts
+    half = size // 2
+    for channels, height, width, padding in ((2, 7, 9, 0), (5, 1, 3, half), (17, 4, 11, 1), (48, 13, 8, half)):
+        if min(height, width) + 2 * padding < size:
+            continue
+        x = normal(3, channels, height, width, seed=width).to(memory_format=torch.channels_last)
+        x[1, 1] = 0.0
+        x[:, 0] *= 1e-3  # below eps
+        weight = F.normalize(normal(channels, 1, size, size).flatten(1)).view(-1, 1, size, size) / 4
+        bias, scale = normal(channels, seed=1), uniform(0.5, 2.0, channels, seed=2)
+        options = dict(padding=padding, power=4.0, activation="relu6")
+        truth = layer(x, weight, bias, scale, operator, stride, **options)
+        x, weight, bias, scale = (tensor.float() for tensor in (x, weight, bias, scale))
+        found = layer(x, weight, bias, scale, operator, stride, **options)
+        assert_close(found.double(), truth, rtol=2e-6, atol=3e-6)
+        assert found.stride() == F.conv2d(x, weight, None, stride, padding, 1, channels).stride()
+        assert (answers[-1] is not None) == is_served()
+
+
+@pytest.mark.skipif(not is_served(), reason="the convolution needs AVX-512")
+@pytest.mark.parametrize("operator", ["cosine", "learnable"])
+@torch.no_grad()
+def test_channels_last_nan_gelu_and_threads_are_right(operator, answers):
+    x = normal(2, 30, 9, 9, dtype=torch.float32).to(memory_format=torch.channels_last)
+    weight = F.normalize(normal(30, 49, seed=1)).view(30, 1, 7, 7).float()
+    x[1, 7, 3, 0] = float("nan")
+    found = layer(x, weight, None, None, operator, 1, "gelu", padding=3)
+    truth = layer(x.double(), weight.double(), None, None, operator, 1, "gelu", padding=3)
+    assert_close(found.double(), truth, rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert found.isnan().sum() == 7 * 4
+    before = torch.get_num_threads()
+    many = normal(8, 64, 20, 20, dtype=torch.float32).to(memory_format=torch.channels_last)
+    filters = normal(64, 1, 7, 7, dtype=torch.float32) / 7
+    try:
+        one = layer(many, filters, None, None, operator, 1, padding=3)
+        torch.set_num_threads(3)
+        assert torch.equal(layer(many, filters, None, None, operator, 1, padding=3), one)
+    finally:
+        torch.set_num_threads(before)
+    assert all(answer is not None for answer in (answers[0], *answers[2:]))
 
 
 @pytest.mark.skipif(not is_served(), reason="the convolution needs AVX-512")

@@ -388,7 +388,7 @@ def without_kernels(**environment: str) -> str:
 
 def test_without_a_compiler_or_with_the_switch_plain_operations_stand_in(tmp_path):
     state, value = without_kernels().split(" | ")
-    assert state == "compiled"
+    assert state.startswith("compiled (")
     off = without_kernels(SPHERIFY_CPU_KERNELS="0")
     assert off == f"not in use (SPHERIFY_CPU_KERNELS is 0): plain operations stand in | {value}"
     none = without_kernels(PATH="", CC="", XDG_CACHE_HOME=str(tmp_path))
@@ -420,6 +420,26 @@ def test_the_library_is_compiled_once_under_its_final_name_and_for_its_owner_alo
     time = made.stat().st_mtime_ns
     assert without_kernels(XDG_CACHE_HOME=str(tmp_path)).startswith("compiled")
     assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [time]
+
+
+@pytest.mark.parametrize(
+    ("refused", "named"),
+    [
+        ("nothing", ("-march=native -fopenmp", "-march=native", "-mcpu=native")),
+        ("-fopenmp", ("-march=native", "-mcpu=native")),
+        ("-fopenmp|-m*=native", ("no options for this processor",)),
+    ],
+)
+def test_a_library_knows_the_options_that_the_compiler_took(refused, named, tmp_path, monkeypatch):
+    compiler, source = tmp_path / "cc", tmp_path / "small.c"
+    compiler.write_text(f'#!/bin/sh\nfor given; do case "$given" in {refused}) exit 1;; esac; done\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    source.write_text("const char *const built_with = BUILT_WITH;\n")
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in ("compiled", "from the cache"):
+        assert c_library.options_of(c_library.compiled(source)) in named
+    assert f"compiled ({c_library.options_of(cpu_binding.library())})" == cpu_binding.state()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,8 +121,9 @@ def test_all_of_this_holds_without_avx_512(tmp_path):
     compiler.write_text('#!/bin/sh\nexec cc "$@" -mno-avx512f\n')
     compiler.chmod(0o755)
     cache = dict(CC=str(compiler), XDG_CACHE_HOME=str(tmp_path), SPHERIFY_WITHOUT_AVX_512="1")
-    some = "taken_off or nan or steep or cosine or linear or learnable-filter"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", some, __file__]
+    some = "taken_off or nan or steep or cosine or linear or learnable-filter or every_layout"
+    files = [__file__, str(Path(__file__).with_name("test_curves.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", some, *files]
     done = subprocess.run(command, env={**os.environ, **cache}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert len(list((tmp_path / "spherify").iterdir())) == 1  # compiled for this run
