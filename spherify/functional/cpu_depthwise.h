@@ -125,7 +125,7 @@ static int row_by_row(const float *x, float *out, const Window *w, const Element
 }
 
 /* out = the response of each patch's angle to its filter, before any gain and bias; `given` has no lengths. */
-int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
+static int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
     long wide = wide_of(w->channels), taps = w->window[0] * w->window[1];
     float *terms = calloc(wide * (taps + 1) + BLOCK, sizeof(float)), *packed = on_line(terms);
     float *length = packed + wide * taps;
@@ -135,6 +135,18 @@ int depthwise(const Depthwise *d, const Window *w, const Elementwise *given, flo
     pack_filters(d, w, eps, packed, length, 0);
     Answer *answer = e.operator == COSINE ? NULL : e.operator == LINEAR ? linear_row : sigmoid_row;
     int failed = row_by_row(d->x, d->out, w, &e, packed, length, eps, answer);
+    free(terms);
+    return failed;
+}
+
+/* As Python calls it: the first two serve every call of a shape. */
+int depthwise_at(const Window *w, const Elementwise *held, const float *x, const float *weight, const float *k, float *out,
+                 float eps) {
+    const Depthwise d = {.x = x, .weight = weight, .out = out};
+    Elementwise e = *held;
+    float *terms;
+    if (!put_softness(&e, k, &terms)) return 1;
+    int failed = depthwise(&d, w, &e, eps);
     free(terms);
     return failed;
 }

@@ -6,35 +6,45 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import c_float, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
-from spherify.functional.cpu_binding import Elementwise, Window
-from spherify.functional.cpu_kernels import checked, constants, elementwise, guard_of, sizes_of_output, window_of
-from spherify.functional.cpu_rows import describe_fit, describe_k, hold
+from spherify.functional.cpu_kernels import (
+    by_filter,
+    checked,
+    constants,
+    elementwise,
+    guard_of,
+    sizes_of_output,
+    window_of,
+)
+from spherify.functional.cpu_rows import describe_fit, hold, places_of, shape_of_sums
 
 Windowed = tuple[Sequence[int], Sequence[int], Sequence[int]]  # stride, padding, dilation
 Softness = Tensor | float | None
 
-HELD: dict[tuple[object, ...], tuple[Window, Elementwise, list[Tensor | None]]] = {}
+
+class Held(NamedTuple):
+    """What serves all calls of a shape: addresses of the window and the response, and how the latter lies."""
+
+    places: tuple[int, int]
+    sizes: list[int]
+    strides: tuple[int, ...]
+    alive: list[object]
 
 
-class Depthwise(ctypes.Structure):
-    """As in cpu_depthwise.h."""
-
-    _fields_ = tuple(
-        (name, c_void_p) for name in ("x", "weight", "gradient", "saved", "out", "by_x", "by_weight", "sums")
-    )
+HELD: dict[tuple[object, ...], Held] = {}
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     kernels = cpu_binding.library()
     assert kernels is not None
-    for kernel in (kernels.depthwise, kernels.depthwise_backward):
-        kernel.argtypes = (c_void_p, c_void_p, c_void_p, c_float)
+    kernels.depthwise_at.argtypes = (*(c_void_p,) * 6, c_float)
+    kernels.depthwise_backward_at.argtypes = (*(c_void_p,) * 10, c_float)
     return kernels
 
 
@@ -53,41 +63,33 @@ def shape_of_response(x: Tensor, weight: Tensor, window: Windowed) -> list[int]:
     return [x.shape[0], x.shape[1], *outs]
 
 
-def described(
-    x: Tensor, like: Tensor, sizes: tuple[int, ...], operator: str, k: Softness, window: Windowed
-) -> tuple[Window, Elementwise, list[Tensor | None]]:
-    """What the kernels are told, and what must outlive them; made once for each shape, but for a learned k.
+def described(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Windowed) -> Held:
+    """What serves all calls of a shape, found once.
 
     Args:
-        like: of the response's shape and layout.
-        sizes: of the window.
+        x: (N, C, H, W), with the channels innermost.
     """
+    threads, is_learned = cpu_binding.threads_for(x.numel()), isinstance(k, Tensor)
     stride, padding, dilation = map(tuple, window)
-    threads = cpu_binding.threads_for(x.numel())
-    key = (x.shape, sizes, stride, padding, dilation, operator, Tensor if isinstance(k, Tensor) else k, threads)
-    if (held := HELD.get(key)) is None:
-        frame, _ = window_of(x.shape, sizes, stride, padding, dilation, x.shape[1], True, threads)
-        values = constants(operator, k)
-        terms, (_, *alive) = elementwise(like, like, operator, values, guard=guard_of(operator))
-        describe_fit(terms, values)
-        held = hold(HELD, key, (frame, terms, alive))
-    if not isinstance(k, Tensor):
+    key = (x.shape, weight.shape, stride, padding, dilation, operator, Tensor if is_learned else k, threads)
+    if (held := HELD.get(key)) is not None:
         return held
-    frame, terms, alive = held
-    terms = Elementwise.from_buffer_copy(terms)
-    return frame, terms, [*alive, describe_k(terms, k, x.shape[1])]
+    frame, _ = window_of(x.shape, tuple(weight.shape[2:]), stride, padding, dilation, x.shape[1], True, threads)
+    sizes = shape_of_response(x, weight, window)
+    like = x.new_empty(sizes).contiguous(memory_format=torch.channels_last)
+    values = constants(operator, k)
+    terms, (_, *alive) = elementwise(like, like, operator, values, guard=guard_of(operator))
+    describe_fit(terms, values)
+    places = ctypes.addressof(frame), ctypes.addressof(terms)
+    return hold(HELD, key, Held(places, sizes, like.stride(), [frame, terms, *alive]))
 
 
 def respond(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Windowed, eps: float) -> Tensor:
     """The response, before gain and bias, of (N, C, H, W) that ``lies_in_rows`` to (C, 1, U, V): (N, C, P, Q)."""
-    out = torch.empty(
-        shape_of_response(x, weight, window), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
-    )
-    weight = weight.contiguous()
-    frame, terms, alive = described(x, out, tuple(weight.shape[2:]), operator, k, window)
-    tensors = Depthwise(x.data_ptr(), weight.data_ptr(), None, None, out.data_ptr(), None, None, None)
-    checked(library().depthwise(*map(ctypes.byref, (tensors, frame, terms)), eps))
-    del alive
+    held, weight = described(x, weight, operator, k, window), weight.contiguous()
+    out = x.new_empty_strided(held.sizes, held.strides)
+    soft = by_filter(k, len(weight)) if isinstance(k, Tensor) else None
+    checked(library().depthwise_at(*held.places, *places_of(x, weight, soft, out), eps))
     return out
 
 
@@ -106,19 +108,12 @@ def respond_backward(
 
     Args:
         gradient: by the response, which both lie as ``x`` does.
-        needs_x: whether the first is wanted; else it is empty. Likewise the sums are zero but for a learned k.
+        needs_x: whether the first is wanted; else it is empty, as the sums are but for a learned k.
     """
-    dense = weight.contiguous()
+    held, dense = described(x, weight, operator, k, window), weight.contiguous()
+    soft = by_filter(k, len(weight)) if isinstance(k, Tensor) else None
     by_x, by_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(dense)
-    sums = response.new_zeros((2, x.shape[1]))
-    frame, terms, alive = described(x, response, tuple(weight.shape[2:]), operator, k, window)
-    tensors = Depthwise(
-        *(tensor.data_ptr() for tensor in (x, dense, gradient, response)),
-        None,
-        by_x.data_ptr() if needs_x else None,
-        by_weight.data_ptr(),
-        sums.data_ptr() if isinstance(k, Tensor) else None,
-    )
-    checked(library().depthwise_backward(*map(ctypes.byref, (tensors, frame, terms)), eps))
-    del alive
+    sums = x.new_empty(shape_of_sums(len(weight), k))
+    places = places_of(x, dense, soft, gradient, response, by_x if needs_x else None, by_weight, sums)
+    checked(library().depthwise_backward_at(*held.places, *places, eps))
     return by_x, by_weight, sums

@@ -205,7 +205,7 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
 }
 
 /* The gradients by filters and, where it is wanted, input; `given` has no lengths. */
-int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
+static int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *given, float eps) {
     long channels = w->channels, wide = wide_of(channels), all = wide * w->window[0] * w->window[1];
     double *totals = calloc((all + 2 * channels) * w->threads, sizeof(double)), *sums = totals + all * w->threads;
     float *terms = calloc(all + 4 * channels + BLOCK, sizeof(float)), *packed = on_line(terms), *length = packed + all;
@@ -241,5 +241,18 @@ int depthwise_backward(const Depthwise *d, const Window *w, const Elementwise *g
     if (d->sums) add_up(sums, 2 * channels, w->threads, d->sums);
     free(terms);
     free(totals);
+    return failed;
+}
+
+/* As depthwise_at. */
+int depthwise_backward_at(const Window *w, const Elementwise *held, const float *x, const float *weight, const float *k,
+                          const float *gradient, const float *saved, float *by_x, float *by_weight, float *sums, float eps) {
+    const Depthwise d = {.x = x, .weight = weight, .gradient = gradient, .saved = saved, .by_x = by_x,
+                         .by_weight = by_weight, .sums = k ? sums : NULL};
+    Elementwise e = *held;
+    float *terms;
+    if (!put_softness(&e, k, &terms)) return 1;
+    int failed = depthwise_backward(&d, w, &e, eps);
+    free(terms);
     return failed;
 }

@@ -49,7 +49,7 @@ INLINE Elementwise response_by(const Pointwise *d, float *terms) {
                          .family = d->family};
 }
 
-int pointwise_respond(const Pointwise *d) {
+static int pointwise_respond(const Pointwise *d) {
     long filters = d->filters, channels = d->channels;
     float *product = malloc((d->some + OF_FILTERS) * filters * sizeof(float));
     if (product == NULL) return 1;
@@ -108,7 +108,7 @@ static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Nea
     return failed;
 }
 
-int pointwise_backward(const Pointwise *d) {
+static int pointwise_backward(const Pointwise *d) {
     long filters = d->filters, channels = d->channels;
     float *room = malloc((d->some + OF_FILTERS) * filters * sizeof(float)), *terms = room + d->some * filters;
     double *totals = d->sums ? calloc(2 * filters * d->threads, sizeof(double)) : NULL;
@@ -132,6 +132,23 @@ int pointwise_backward(const Pointwise *d) {
     free(totals);
     free(room);
     return failed;
+}
+
+/* As Python calls them: `held` serves every call of a shape, and each has places of its own. */
+int pointwise_respond_at(const Pointwise *held, const float *x, const float *weight, const float *k, float *norms,
+                         float *lengths, float *out) {
+    Pointwise d = *held;
+    d.x = x, d.weight = weight, d.k = k, d.norms = norms, d.lengths = lengths, d.out = out;
+    return pointwise_respond(&d);
+}
+
+int pointwise_backward_at(const Pointwise *held, const float *gradient, const float *saved, const float *x,
+                          const float *weight, const float *k, float *norms, float *lengths, float *by_x, float *by_weight,
+                          float *sums) {
+    Pointwise d = *held;
+    d.gradient = gradient, d.saved = saved, d.x = x, d.weight = weight, d.k = k, d.norms = norms, d.lengths = lengths;
+    d.out = by_x, d.by_weight = by_weight, d.sums = sums;
+    return pointwise_backward(&d);
 }
 
 /* 0 if what is given multiplies as it should. */

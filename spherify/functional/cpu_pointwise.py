@@ -17,7 +17,7 @@ from torch import Tensor
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import CODES
 from spherify.functional.cpu_kernels import by_filter, checked, constants, guard_of
-from spherify.functional.cpu_rows import describe_fit
+from spherify.functional.cpu_rows import describe_fit, hold, places_of
 
 NUMBERS = 1 << 17  # of products that are computed before they become responses: half of a core's second-level cache
 LEAST_ROWS = 512  # with fewer, reading the filters again would cost more than is saved
@@ -37,12 +37,15 @@ class Pointwise(ctypes.Structure):
     )
 
 
+HELD: dict[tuple[object, ...], Pointwise] = {}
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     kernels = cpu_binding.library()
     assert kernels is not None
-    for name in ("respond", "backward", "check"):
-        getattr(kernels, f"pointwise_{name}").argtypes = (c_void_p,)
+    for name, places in (("respond_at", 7), ("backward_at", 11), ("check", 1)):
+        getattr(kernels, f"pointwise_{name}").argtypes = (c_void_p,) * places
     return kernels
 
 
@@ -68,13 +71,16 @@ def in_rows(x: Tensor) -> Tensor:
 
 def like_rows(x: Tensor, channels: int) -> Tensor:
     """Empty, with as many images and positions as ``x``, and so laid out that ``in_rows`` copies nothing."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    images, _, height, width = x.shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    return x.new_empty_strided((images, channels, height, width), strides)
 
 
-def described(
-    x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, norms: Tensor, lengths: Tensor
-) -> Pointwise:
+def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: float, eps: float) -> int:
+    """The address of what serves all calls of a shape, found once."""
+    key = (x.shape, weight.shape, has_k, operator, fixed_k, eps, torch.get_num_threads())
+    if (held := HELD.get(key)) is not None:
+        return ctypes.addressof(held)
     filters, channels = weight.shape[:2]
     rows, multiply = x.numel() // channels, sgemm()
     if multiply is None:  # a graph that was compiled elsewhere
@@ -83,23 +89,19 @@ def described(
         )
     layer = Pointwise(
         sgemm=multiply,
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        k=None if k is None else k.data_ptr(),
-        norms=norms.data_ptr(),
-        lengths=lengths.data_ptr(),
         rows=rows,
         channels=channels,
         filters=filters,
         some=min(rows, max(LEAST_ROWS, NUMBERS // filters)),
+        eps=eps,
         fixed_k=fixed_k,
         guard=guard_of(operator),
         step=torch.finfo(torch.float32).eps,
         operator=CODES[operator],
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
-    describe_fit(layer, {"steep": k} if k is not None else constants(operator, fixed_k or None))
-    return layer
+    describe_fit(layer, {"steep": weight} if has_k else constants(operator, fixed_k or None))
+    return ctypes.addressof(hold(HELD, key, layer))
 
 
 def respond(
@@ -111,11 +113,10 @@ def respond(
         x: (N, C, H, W).
         weight: (O, C, 1, 1).
     """
-    x, weight, k = in_rows(x), in_rows(weight), by_filter(k, weight.shape[0])
-    out, norms, lengths = like_rows(x, len(weight)), x.new_empty(x.numel() // x.shape[1]), x.new_empty(len(weight))
-    layer = described(x, weight, k, operator, fixed_k, norms, lengths)
-    layer.out, layer.eps = out.data_ptr(), eps
-    checked(library().pointwise_respond(ctypes.byref(layer)))
+    held, filters = described(x, weight, k is not None, operator, fixed_k, eps), len(weight)
+    x, weight, k = in_rows(x), in_rows(weight), by_filter(k, filters)
+    out, norms, lengths = like_rows(x, filters), x.new_empty(x.numel() // x.shape[1]), x.new_empty(filters)
+    checked(library().pointwise_respond_at(held, *places_of(x, weight, k, norms, lengths, out)))
     return out, norms, lengths
 
 
@@ -136,14 +137,13 @@ def respond_backward(
     Args:
         by: which of the three are wanted; the others are empty.
     """
-    gradient, response, x, rows = map(in_rows, (gradient, response, x, weight))
-    k = by_filter(k, len(rows))
+    held = described(x, weight, k is not None, operator, fixed_k, 0.0)
+    gradient, response, x, rows = in_rows(gradient), in_rows(response), in_rows(x), in_rows(weight)
+    soft = by_filter(k, len(rows))
     found = shapes_of_gradients(x, weight, by)
-    layer = described(x, rows, k, operator, fixed_k, norms, lengths)
-    layer.gradient, layer.saved = gradient.data_ptr(), response.data_ptr()
-    places = (one.data_ptr() if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
-    layer.out, layer.by_weight, layer.sums = places
-    checked(library().pointwise_backward(ctypes.byref(layer)))
+    wanted = (one if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
+    places = places_of(gradient, response, x, rows, soft, norms, lengths, *wanted)
+    checked(library().pointwise_backward_at(held, *places))
     return found
 
 

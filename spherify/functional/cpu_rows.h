@@ -128,7 +128,7 @@ INLINE float respond_backward_row_of(const float *gradient, const float *saved, 
 #include "cpu_learned_rows.h"
 
 /* out = response to product inverse length. */
-void respond_rows(const Rows *r, const Elementwise *e) {
+static void respond_rows(const Rows *r, const Elementwise *e) {
     long rows = e->images * e->positions, filters = e->filters;
     OwnTerms own = forward_terms(e, rows);
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
@@ -140,7 +140,7 @@ void respond_rows(const Rows *r, const Elementwise *e) {
 }
 
 /* The gradients by the product and along the patches. */
-int respond_rows_backward(const Rows *r, const Elementwise *e) {
+static int respond_rows_backward(const Rows *r, const Elementwise *e) {
     long rows = e->images * e->positions, filters = e->filters, blocks = (rows + ROWS_A_SUM - 1) / ROWS_A_SUM;
     double *totals = calloc(2 * filters * e->threads, sizeof(double));
     float *terms = malloc(3 * filters * sizeof(float));
@@ -168,5 +168,40 @@ int respond_rows_backward(const Rows *r, const Elementwise *e) {
     free(own.back);
     free(terms);
     free(totals);
+    return failed;
+}
+
+/* What a learned k makes of the response put into `e`; 0 where there is no room. Must be freed. */
+INLINE int put_softness(Elementwise *e, const float *k, float **terms) {
+    *terms = k ? malloc(3 * e->filters * sizeof(float)) : NULL;
+    if (k == NULL) return 1;
+    if (*terms == NULL) return 0;
+    softness_terms(k, *terms, e->filters);
+    e->steep = *terms, e->rise = *terms + e->filters, e->end = *terms + 2 * e->filters;
+    return 1;
+}
+
+/* As Python calls them: `held` serves every call of a shape, and each has places of its own. */
+int respond_rows_at(const Elementwise *held, const float *product, const float *inverse, const float *length,
+                    const float *k, float *out) {
+    Elementwise e = *held;
+    const Rows r = {.product = product, .out = out};
+    float *terms;
+    if (!put_softness(&e, k, &terms)) return 1;
+    e.inverse = inverse, e.length = length;
+    respond_rows(&r, &e);
+    free(terms);
+    return 0;
+}
+
+int respond_rows_backward_at(const Elementwise *held, const float *gradient, const float *saved, const float *inverse,
+                             const float *length, const float *k, float *product, float *along, float *sums) {
+    Elementwise e = *held;
+    const Rows r = {.gradient = gradient, .saved = saved, .out = product, .along = along, .sums = k ? sums : NULL};
+    float *terms;
+    if (!put_softness(&e, k, &terms)) return 1;
+    e.inverse = inverse, e.length = length;
+    int failed = respond_rows_backward(&r, &e);
+    free(terms);
     return failed;
 }

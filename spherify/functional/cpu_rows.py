@@ -19,13 +19,8 @@ from spherify.functional.fits import fit_of
 MOST_HELD = 512  # descriptions; a network has one for each shape of output
 Key = TypeVar("Key")
 Found = TypeVar("Found")
-HELD: dict[tuple[object, ...], tuple[Elementwise, list[Tensor | None]]] = {}
-
-
-class Rows(ctypes.Structure):
-    """As in cpu_rows.h."""
-
-    _fields_ = tuple((name, c_void_p) for name in ("product", "gradient", "saved", "out", "along", "sums"))
+Held = tuple[int, Elementwise, list[Tensor | None]]  # its address, and what it points into
+HELD: dict[tuple[object, ...], Held | None] = {}
 
 
 def takes(product: Tensor, inverse: Tensor) -> bool:
@@ -37,39 +32,28 @@ def takes(product: Tensor, inverse: Tensor) -> bool:
 def library() -> ctypes.CDLL:
     kernels = cpu_binding.library()
     assert kernels is not None
-    kernels.respond_rows.argtypes = kernels.respond_rows_backward.argtypes = (c_void_p, c_void_p)
-    kernels.respond_rows.restype = None
+    kernels.respond_rows_at.argtypes = (c_void_p,) * 6
+    kernels.respond_rows_backward_at.argtypes = (c_void_p,) * 9
     return kernels
 
 
-def terms_of(
-    product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
-) -> tuple[Elementwise, list[Tensor | None]]:
-    """As ``elementwise``, with polynomials; all but this call's tensors is made once for each shape."""
-    filters = product.shape[1]
-    key = (operator, fixed_k, k is None, product.shape, inverse.shape[1], torch.get_num_threads())
-    if (held := HELD.get(key)) is None:
-        values: dict[str, ByFilter] = dict(length=length, **constants(operator, fixed_k or None if k is None else k))
-        described, (_, _, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
-        describe_fit(described, values)
-        held = hold(HELD, key, (described, fillers))
-    described, fillers = held
-    described, own = Elementwise.from_buffer_copy(described), by_filter(length, filters)
-    assert own is not None
-    described.inverse, described.length = inverse.data_ptr(), own.data_ptr()
-    return described, [*fillers, own, None if k is None else describe_k(described, k, filters)]
-
-
-def describe_k(described: Any, k: Tensor, filters: int) -> Tensor:
-    """Point a description at what a learned k makes of the response, (3, O), which must outlive the call."""
-    kernels, own = cpu_binding.library(), by_filter(k, filters)
-    assert kernels is not None
-    assert own is not None
-    terms = own.new_empty((3, filters))
-    first, step = terms.data_ptr(), filters * terms.element_size()
-    kernels.softness_terms(own.data_ptr(), first, filters)
-    described.steep, described.rise, described.end = first, first + step, first + 2 * step
-    return terms
+def described(product: Tensor, inverse: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> Held | None:
+    """What serves all calls of a shape, found once; None where the kernels do not serve them."""
+    threads = torch.get_num_threads()
+    key = (
+        *(product.shape, product.stride(), product.dtype, inverse.shape, inverse.stride()),
+        *(operator, fixed_k, k is None, threads),
+    )
+    try:
+        return HELD[key]
+    except KeyError:
+        pass
+    if not takes(product, inverse):
+        return hold(HELD, key, None)
+    values = constants(operator, fixed_k or None if k is None else k)
+    terms, (_, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
+    describe_fit(terms, values)
+    return hold(HELD, key, (ctypes.addressof(terms), terms, fillers))
 
 
 def hold(held: dict[Key, Found], key: Key, found: Found) -> Found:
@@ -91,13 +75,13 @@ def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:
 
 def respond(
     product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
-) -> Tensor:
-    """The response to ``product inverse length``, for tensors that ``takes``."""
-    out = torch.empty_like(product)
-    terms, alive = terms_of(product, inverse, length, k, operator, fixed_k)
-    tensors = Rows(product.data_ptr(), None, None, out.data_ptr(), None, None)
-    library().respond_rows(ctypes.byref(tensors), ctypes.byref(terms))
-    del alive
+) -> Tensor | None:
+    """The response to ``product inverse length``; None for tensors that the kernels do not take."""
+    if (held := described(product, inverse, k, operator, fixed_k)) is None:
+        return None
+    out, filters = torch.empty_like(product), product.shape[1]
+    own, soft = by_filter(length, filters), by_filter(k, filters)
+    checked(library().respond_rows_at(held[0], *places_of(product, inverse, own, soft, out)))
     return out
 
 
@@ -109,18 +93,29 @@ def respond_backward(
     k: Tensor | None,
     operator: str,
     fixed_k: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The gradient by the product, the sum along each patch, (N, 1, ...), and (2, O): with the response, and for k.
 
-    That last is zero where no k is learned.
+    That last is empty where no k is learned. None for tensors that the kernels do not take.
     """
+    if (held := described(response, inverse, k, operator, fixed_k)) is None:
+        return None
     if gradient.stride() != response.stride():
         gradient = torch.empty_like(response).copy_(gradient)
+    filters = response.shape[1]
+    own, soft = by_filter(length, filters), by_filter(k, filters)
     product, along = torch.empty_like(response), torch.empty_like(inverse)
-    sums = response.new_zeros((2, response.shape[1]))
-    terms, alive = terms_of(response, inverse, length, k, operator, fixed_k)
-    pointers = (tensor.data_ptr() for tensor in (gradient, response, product, along))
-    tensors = Rows(None, *pointers, None if k is None else sums.data_ptr())
-    checked(library().respond_rows_backward(ctypes.byref(tensors), ctypes.byref(terms)))
-    del alive
+    sums = response.new_empty(shape_of_sums(filters, k))
+    places = places_of(gradient, response, inverse, own, soft, product, along, sums)
+    checked(library().respond_rows_backward_at(held[0], *places))
     return product, along, sums
+
+
+def shape_of_sums(filters: int, k: Tensor | float | None) -> tuple[int, int]:
+    """Of the gradient with the response, and for k, by filter; there are none where no k is learned."""
+    return (2 if isinstance(k, Tensor) else 0, filters)
+
+
+def places_of(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses; who asks must hold the tensors for as long as they are used."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

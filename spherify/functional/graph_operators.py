@@ -15,9 +15,10 @@ from spherify.functional.filters import filter_shape
 def respond(
     product: Tensor, inverse: Tensor, length: Tensor, k: Tensor | None, operator: str, fixed_k: float
 ) -> Tensor:
-    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
-    if cpu_rows.takes(product, inverse):
-        return cpu_rows.respond(product, inverse, length, k, operator, fixed_k)
+    if (found := cpu_rows.respond(product, inverse, length, k, operator, fixed_k)) is not None:
+        return found
+    if inverse.shape[1] == 1 and not inverse.is_contiguous():
+        return respond(product, inverse.contiguous(), length, k, operator, fixed_k)
     out, soft = product.clone(), fixed_k or None if k is None else k
     if cpu_binding.takes(out, inverse.shape[1]) and cpu_binding.fits(out, inverse):
         values = values_of(length, k, operator, fixed_k)
@@ -36,20 +37,21 @@ def respond_backward(
     operator: str,
     fixed_k: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inverse = inverse if inverse.shape[1] > 1 else inverse.contiguous()
-    if cpu_rows.takes(response, inverse):
-        return cpu_rows.respond_backward(gradient, response, inverse, length, k, operator, fixed_k)
+    if (by_rows := cpu_rows.respond_backward(gradient, response, inverse, length, k, operator, fixed_k)) is not None:
+        return by_rows
+    if inverse.shape[1] == 1 and not inverse.is_contiguous():
+        return respond_backward(gradient, response, inverse.contiguous(), length, k, operator, fixed_k)
     soft = fixed_k or None if k is None else k
     if cpu_binding.takes(response, inverse.shape[1]) and cpu_binding.fits(response, inverse):
         values = values_of(length, k, operator, fixed_k)
         by_product, along, sums = cpu_kernels.respond_backward(gradient, response, inverse, operator, values)
-        return by_product, along, sums[1:3].clone()
+        return by_product, along, sums[1:3].clone() if k is not None else sums[:0]
     shaped, soft = filter_shape(length, response, response.dtype), softness_like(soft, response)
     softness = blocks.Softness.of(soft)
     found, sums = blocks.backward_by_blocks(
         gradient, response, inverse, shaped, operator, softness, None, None, [True] * 5
     )
-    return found.product, found.along, sums[2:].clone()
+    return found.product, found.along, sums[2:].clone() if k is not None else sums[:0]
 
 
 def values_of(length: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> dict[str, cpu_kernels.ByFilter]:
@@ -125,10 +127,10 @@ OPERATORS: dict[
     "respond_backward": (
         f"(Tensor gradient, Tensor response, Tensor inverse, {TERMS}) -> (Tensor, Tensor, Tensor)",
         respond_backward,
-        lambda _, response, inverse, *__: (
+        lambda _, response, inverse, __, k, *others: (
             torch.empty_like(response),
             torch.empty_like(inverse),
-            response.new_empty((2, response.shape[1])),
+            response.new_empty(cpu_rows.shape_of_sums(response.shape[1], k)),
         ),
     ),
     "depthwise": (
@@ -140,10 +142,10 @@ OPERATORS: dict[
         f"(Tensor gradient, Tensor response, Tensor x, Tensor weight, {SOFTNESS}, {WINDOW}, bool needs_x)"
         " -> (Tensor, Tensor, Tensor)",
         depthwise_backward,
-        lambda _, response, x, weight, *others: (
+        lambda _, response, x, weight, k, *others: (
             torch.empty_like(x) if others[-1] else x.new_empty(0),
             torch.empty_like(weight, memory_format=torch.contiguous_format),
-            response.new_empty((2, response.shape[1])),
+            response.new_empty(cpu_rows.shape_of_sums(response.shape[1], k)),
         ),
     ),
     "pointwise": (
