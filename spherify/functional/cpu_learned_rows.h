@@ -130,6 +130,13 @@ INLINE void respond_some_rows(const float *product, float *restrict out, const f
     }
 }
 
+/* Two sums for k, of sixteen filters. */
+INLINE void add_to_part(float *part, long filters, long o, __mmask16 taken, __m512 with_answer, __m512 with_angle) {
+    float *with = part + o, *own = part + filters + o;
+    _mm512_mask_storeu_ps(with, taken, _mm512_add_ps(with_answer, _mm512_maskz_loadu_ps(taken, with)));
+    _mm512_mask_storeu_ps(own, taken, _mm512_add_ps(with_angle, _mm512_maskz_loadu_ps(taken, own)));
+}
+
 /* As respond_far; adds to what the near ones add to. */
 static __attribute__((noinline)) void backward_far(const float *gradient, const float *saved, const float *inverse,
                                                    float *product, float *along, float *part, const Elementwise *e,
@@ -138,6 +145,7 @@ static __attribute__((noinline)) void backward_far(const float *gradient, const 
     __mmask16 taken = first_of(filters - o);
     __m512 length = _mm512_maskz_loadu_ps(taken, e->length + o), end = _mm512_maskz_loadu_ps(taken, e->end + o);
     __m512 flat = _mm512_maskz_loadu_ps(taken, n->flat + o), rate = _mm512_maskz_loadu_ps(taken, n->rate + o);
+    __m512 with_answer = _mm512_setzero_ps(), with_angle = with_answer;
     for (int r = 0; r < rows; r++) {
         __m512 g = _mm512_maskz_loadu_ps(taken, gradient + r * filters + o);
         __m512 answer = _mm512_maskz_loadu_ps(taken, saved + r * filters + o);
@@ -145,11 +153,10 @@ static __attribute__((noinline)) void backward_far(const float *gradient, const 
         along[r] += _mm512_reduce_add_ps(_mm512_mul_ps(found.slope, found.cosine));
         found.slope = _mm512_mul_ps(found.slope, _mm512_mul_ps(length, lanes(inverse[r])));
         _mm512_mask_storeu_ps(product + r * filters + o, taken, found.slope);
-        if (part == NULL) continue;
-        float *with = part + o, *own = part + filters + o;
-        _mm512_mask_storeu_ps(with, taken, _mm512_fmadd_ps(g, answer, _mm512_maskz_loadu_ps(taken, with)));
-        _mm512_mask_storeu_ps(own, taken, _mm512_fmadd_ps(found.rise, found.angle, _mm512_maskz_loadu_ps(taken, own)));
+        with_answer = _mm512_fmadd_ps(g, answer, with_answer);
+        with_angle = _mm512_fmadd_ps(found.rise, found.angle, with_angle);
     }
+    if (part) add_to_part(part, filters, o, taken, with_answer, with_angle);
 }
 
 INLINE void backward_some_rows(const float *gradient, const float *saved, const float *inverse, float *restrict product,
@@ -211,10 +218,8 @@ INLINE void backward_some_rows(const float *gradient, const float *saved, const 
             with_answer = _mm512_fmadd_ps(g[r], answers[r], with_answer);
         }
         if (!for_k) continue;
-        float *with = part + o, *own_sum = part + filters + o;
-        _mm512_mask_storeu_ps(with, taken, _mm512_add_ps(with_answer, _mm512_maskz_loadu_ps(taken, with)));
         with_angle = _mm512_mul_ps(with_angle, _mm512_maskz_loadu_ps(taken, steeps + o)); /* of atanh now */
-        _mm512_mask_storeu_ps(own_sum, taken, _mm512_add_ps(with_angle, _mm512_maskz_loadu_ps(taken, own_sum)));
+        add_to_part(part, filters, o, taken, with_answer, with_angle);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) along[r] += _mm512_reduce_add_ps(sums[r]);
