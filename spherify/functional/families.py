@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LEAST_K = 0.3  # below, so few terms are not near enough
-EDGE, REACH = 0.65, 0.6  # cosines up to which the polynomials serve, forward and backward
+EDGE, REACH = 0.65, 0.55  # cosines up to which the polynomials serve, forward and backward
 TERMS, OF_U = 7, 9  # as in cpu_learned_rows.h
 
 
