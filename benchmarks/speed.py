@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+import torch._inductor.config
 from torch import nn
 
 from benchmarks.peers import as_peer
@@ -286,6 +287,8 @@ def main() -> None:
     if given.report:
         report(sorted(RESULTS.glob("speed-*.json")), DOCS / "speed.md")
         return
+    # What Inductor has in its cache was compiled by whatever version of this package there was then.
+    torch._inductor.config.force_disable_caches = True
     out = given.out or RESULTS / f"speed-{given.device}.json"
     operators = tuple(given.operators)
     chosen = dict(all_compiled=given.all_compiled, adds=given.add)

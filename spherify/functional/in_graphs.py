@@ -139,10 +139,9 @@ def response(
     """
     soft, number = (k, 0.0) if isinstance(k, Tensor) else (None, k or 0.0)
     if is_pointwise(weight, window) and can_multiply():
-        steps = per_axis(window["stride"], 2, "stride")
-        if steps != (1, 1):
-            x = x[:, :, :: steps[0], :: steps[1]].contiguous(memory_format=torch.channels_last)
-        return PointwiseResponse.apply(x, weight, soft, operator, number, eps)
+        rows, columns = per_axis(window["stride"], 2, "stride")
+        x = x if rows == columns == 1 else x[:, :, ::rows, ::columns]
+        return PointwiseResponse.apply(in_rows(x), weight, soft, operator, number, eps)
     if weight.dim() == 2:
         multiplicand, multiplier, length, _ = factors_and_lengths(x, weight, eps)
         inverse = torch.rsqrt((x * x).sum(1, keepdim=True) + eps)
@@ -160,7 +159,12 @@ def response(
     if any(before != after for before, after in pads):
         x, pads = F.pad(x, flat(pads)), [(0, 0)] * dims
     described = (list(stride), [before for before, _ in pads], list(dilation))
-    return DepthwiseResponse.apply(x, weight, soft, operator, number, described, eps)
+    return DepthwiseResponse.apply(in_rows(x) if dims == 2 else x, weight, soft, operator, number, described, eps)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """Channels-last in the graph already: what is kept for the gradient is laid out as the graph has it."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Response(torch.autograd.Function):
