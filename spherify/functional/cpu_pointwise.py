@@ -76,11 +76,12 @@ def like_rows(x: Tensor, channels: int) -> Tensor:
     return x.new_empty_strided((images, channels, height, width), strides)
 
 
-def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: float, eps: float) -> int:
-    """The address of what serves all calls of a shape, found once."""
-    key = (x.shape, weight.shape, has_k, operator, fixed_k, eps, torch.get_num_threads())
+def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: float, eps: float) -> Pointwise:
+    """What serves all calls of a shape, found once."""
+    threads = torch.get_num_threads()
+    key = (x.shape, weight.shape, has_k, operator, fixed_k, eps, threads)
     if (held := HELD.get(key)) is not None:
-        return ctypes.addressof(held)
+        return held
     filters, channels = weight.shape[:2]
     rows, multiply = x.numel() // channels, sgemm()
     if multiply is None:  # a graph that was compiled elsewhere
@@ -101,7 +102,7 @@ def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: fl
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
     describe_fit(layer, {"steep": weight} if has_k else constants(operator, fixed_k or None))
-    return ctypes.addressof(hold(HELD, key, layer))
+    return hold(HELD, key, layer)
 
 
 def respond(
@@ -116,7 +117,7 @@ def respond(
     held, filters = described(x, weight, k is not None, operator, fixed_k, eps), len(weight)
     x, weight, k = in_rows(x), in_rows(weight), by_filter(k, filters)
     out, norms, lengths = like_rows(x, filters), x.new_empty(x.numel() // x.shape[1]), x.new_empty(filters)
-    checked(library().pointwise_respond_at(held, *places_of(x, weight, k, norms, lengths, out)))
+    checked(library().pointwise_respond_at(ctypes.byref(held), *places_of(x, weight, k, norms, lengths, out)))
     return out, norms, lengths
 
 
@@ -143,7 +144,7 @@ def respond_backward(
     found = shapes_of_gradients(x, weight, by)
     wanted = (one if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
     places = places_of(gradient, response, x, rows, soft, norms, lengths, *wanted)
-    checked(library().pointwise_backward_at(held, *places))
+    checked(library().pointwise_backward_at(ctypes.byref(held), *places))
     return found
 
 

@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
 
 def described(product: Tensor, inverse: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> Held | None:
     """What serves all calls of a shape, found once; None where the kernels do not serve them."""
-    threads = torch.get_num_threads()
+    threads = cpu_binding.threads_for(product.numel())
     key = (
         *(product.shape, product.stride(), product.dtype, inverse.shape, inverse.stride()),
         *(operator, fixed_k, k is None, threads),

@@ -37,6 +37,7 @@ def terms_of(name, filters):
 @pytest.fixture
 def few_rows(monkeypatch):
     """Several parts of a layer's rows, the last one smaller."""
+    monkeypatch.setattr(cpu_pointwise, "HELD", {})  # what was described before with more of them
     monkeypatch.setattr(cpu_pointwise, "NUMBERS", 1)
     monkeypatch.setattr(cpu_pointwise, "LEAST_ROWS", 70)
 
@@ -125,6 +126,15 @@ def test_linear_layers_leave_their_products_to_the_compiler():
     assert not calls_of_ours(sphere_linear, *leaves)
 
 
+@pytest.mark.parametrize(("filters", "groups"), [((7, 6, 1, 1), 1), ((6, 1, 3, 3), 6)], ids=["1x1", "depthwise"])
+def test_what_is_kept_of_planes_lies_channels_last_in_the_graph(filters, groups):
+    """Inductor lays what the backward graph reads out as the graph has it."""
+    leaves = [normal(2, 6, 5, 4, dtype=torch.float32), normal(*filters, seed=1, dtype=torch.float32)]
+    calls = calls_of_ours(lambda x, w: sphere_conv2d(x.sin(), w, groups=groups), *(x.requires_grad_() for x in leaves))
+    for (_, arguments), place in zip(calls, (0, 2), strict=True):
+        assert arguments[place].meta["val"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_another_product_of_matrices_is_not_called():
     """Of the wrong order, or of the wrong type: the address is tried on six numbers first."""
     signature = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 13)
@@ -146,6 +156,7 @@ def test_without_a_product_of_matrices_the_compiler_gets_it(monkeypatch):
 
 def test_a_graph_from_elsewhere_is_refused_without_a_product_of_matrices(monkeypatch):
     monkeypatch.setattr(cpu_pointwise, "sgemm", lambda: None)
+    monkeypatch.setattr(cpu_pointwise, "HELD", {})
     with pytest.raises(RuntimeError, match=r"shows no product of matrices \(sgemm_\) here; compile again"):
         ours.pointwise(torch.ones(3, 6, 1, 1), torch.ones(7, 6, 1, 1), None, "cosine", 0.0, 1e-4)
 

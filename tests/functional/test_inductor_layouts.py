@@ -61,6 +61,24 @@ assert len(calls) == 6 and all(calls), calls
 assert copied and not any(copied), copied
 """
 
+BEHIND = """
+import torch, torch.nn.functional as F
+from spherify.functional import graph_operators, sphere_conv2d
+from_planes, copied = graph_operators.as_images, []
+def as_images(x):
+    found = from_planes(x)
+    copied.append(found is not x)
+    return found
+graph_operators.as_images = as_images
+def run(x, stem, depthwise):
+    y = sphere_conv2d(x, stem, operator="linear", padding=1)
+    y = F.batch_norm(y, None, None, training=True).clamp(0, 6)
+    return F.batch_norm(sphere_conv2d(y, depthwise, operator="linear", groups=32, padding=1), None, None, training=True)
+leaves = [torch.randn(shape, requires_grad=True) for shape in [(2, 3, 6, 6), (32, 3, 3, 3), (32, 1, 3, 3)]]
+torch.compile(run)(*leaves).square().sum().backward()
+assert len(copied) == 4 and not any(copied), copied
+"""
+
 LINEAR = """
 import torch, torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
@@ -76,7 +94,7 @@ assert codes and not any("transpose_mxn(" in code or "tmpbuf" in code for code i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [DEPTHWISE, PLANES, LINEAR], ids=["depthwise", "planes", "linear"])
+@pytest.mark.parametrize("program", [DEPTHWISE, PLANES, BEHIND, LINEAR], ids=["depthwise", "planes", "behind", "linear"])
 def test_compiled_layers_keep_their_layout(program, tmp_path):
     """In a process of its own: an operator that Inductor has met before is one that it knows."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
