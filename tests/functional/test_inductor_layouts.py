@@ -94,7 +94,9 @@ assert codes and not any("transpose_mxn(" in code or "tmpbuf" in code for code i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [DEPTHWISE, PLANES, BEHIND, LINEAR], ids=["depthwise", "planes", "behind", "linear"])
+@pytest.mark.parametrize(
+    "program", [DEPTHWISE, PLANES, BEHIND, LINEAR], ids=["depthwise", "planes", "behind", "linear"]
+)
 def test_compiled_layers_keep_their_layout(program, tmp_path):
     """In a process of its own: an operator that Inductor has met before is one that it knows."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
