@@ -40,10 +40,12 @@ def convolved(
     kernels = cpu_binding.library()
     groups = numbers[3]
     taken = tuple(weight.shape[2:])
-    if kernels is None or groups != x.shape[1] or weight.shape[:2] != (groups, 1) or not is_plain(weight):
+    if kernels is None or taken not in SERVED or groups != x.shape[1] or not is_plain(weight):
+        return None
+    if weight.shape[:2] != (groups, 1):
         return None
     window, sizes = cpu_kernels.described_window(x, taken, *numbers)
-    if taken not in SERVED or min(sizes) < 1:
+    if min(sizes) < 1:
         return None
     out = empty(sizes, bool(window.channels_last))
     guard = cpu_kernels.guard_of(operator) if guard is None else guard

@@ -77,9 +77,8 @@ def described(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Win
     frame, _ = window_of(x.shape, tuple(weight.shape[2:]), stride, padding, dilation, x.shape[1], True, threads)
     sizes = shape_of_response(x, weight, window)
     like = x.new_empty(sizes).contiguous(memory_format=torch.channels_last)
-    values = constants(operator, k)
-    terms, (_, *alive) = elementwise(like, like, operator, values, guard=guard_of(operator))
-    describe_fit(terms, values)
+    terms, (_, *alive) = elementwise(like, like, operator, constants(operator, k), guard=guard_of(operator))
+    describe_fit(terms, operator, k)
     places = ctypes.addressof(frame), ctypes.addressof(terms)
     return hold(HELD, key, Held(places, sizes, like.stride(), [frame, terms, *alive]))
 

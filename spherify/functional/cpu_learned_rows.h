@@ -2,8 +2,8 @@
    cpu_row_lanes.h, whose terms are made for each filter when a call begins, and read once for four rows. Up to where they
    serve there is no asin, tanh or root. As cpu_kernels.c says. */
 
-/* Terms of polynomials as polynomials in u = 1 / 4k^2, made by families.py; the polynomials themselves are in v, which goes
-   from -1 at u = 0 to 1 at u = `most`. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`. Of the response over
+/* Terms of polynomials, each a polynomial in u = 1 / 4k^2 itself, by powers of v, which goes from -1 at u = 0 to 1 at
+   u = `most`; made by families.py. Of the cosine c: c near(c^2) is the response up to c^2 = `edge`. Of the response over
    its slope at the equator, t: slope(t^2), t along(t^2), slope times cosine, and t angle(t^2), (1 - tanh^2) times the angle
    from the equator, up to t^2 = `limit`. */
 enum { OF_U = 9, FORWARD_TERMS = 7, BACKWARD_TERMS = 7, ROWS_AT_ONCE = 4, ROWS_A_BLOCK = 16 };
@@ -30,11 +30,16 @@ INLINE void own_terms(const float (*family)[OF_U], int count, const Elementwise 
     }
 }
 
+/* Whether it is worth it to make terms for so many rows. */
+INLINE int has_family(const Elementwise *e, long rows) {
+    return e->operator == SIGMOID && e->fit == NULL && e->family != NULL && rows >= ROWS_A_BLOCK;
+}
+
 /* What was made must be freed. Without terms, `edge` or `limit` NULL, rows go one by one. */
 static OwnTerms forward_terms(const Elementwise *e, long rows) {
     OwnTerms own = {NULL};
 #ifdef __AVX512F__
-    if (e->operator != SIGMOID || e->fit || e->family == NULL || rows < ROWS_A_BLOCK) return own;
+    if (!has_family(e, rows)) return own;
     const Family *family = e->family;
     long filters = e->filters;
     if ((own.edge = malloc((1 + FORWARD_TERMS) * filters * sizeof(float))) == NULL) return own;
@@ -51,7 +56,7 @@ static OwnTerms forward_terms(const Elementwise *e, long rows) {
 static OwnTerms backward_terms(const Elementwise *e, long rows) {
     OwnTerms own = {NULL};
 #ifdef __AVX512F__
-    if (e->operator != SIGMOID || e->fit || e->family == NULL || rows < ROWS_A_BLOCK) return own;
+    if (!has_family(e, rows)) return own;
     const Family *family = e->family;
     long filters = e->filters;
     if ((own.back = malloc((2 + 3 * BACKWARD_TERMS) * filters * sizeof(float))) == NULL) return own;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import CODES
-from spherify.functional.cpu_kernels import by_filter, checked, constants, guard_of
+from spherify.functional.cpu_kernels import by_filter, checked, guard_of
 from spherify.functional.cpu_rows import describe_fit, hold, places_of
 
 NUMBERS = 1 << 17  # of products that are computed before they become responses: half of a core's second-level cache
@@ -76,10 +76,9 @@ def like_rows(x: Tensor, channels: int) -> Tensor:
     return x.new_empty_strided((images, channels, height, width), strides)
 
 
-def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: float, eps: float) -> Pointwise:
+def described(x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, eps: float) -> Pointwise:
     """What serves all calls of a shape, found once."""
-    threads = torch.get_num_threads()
-    key = (x.shape, weight.shape, has_k, operator, fixed_k, eps, threads)
+    key = (x.shape, weight.shape, k is None, operator, fixed_k, eps, torch.get_num_threads())
     if (held := HELD.get(key)) is not None:
         return held
     filters, channels = weight.shape[:2]
@@ -101,7 +100,7 @@ def described(x: Tensor, weight: Tensor, has_k: bool, operator: str, fixed_k: fl
         operator=CODES[operator],
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
-    describe_fit(layer, {"steep": weight} if has_k else constants(operator, fixed_k or None))
+    describe_fit(layer, operator, fixed_k or None if k is None else k)
     return hold(HELD, key, layer)
 
 
@@ -114,7 +113,7 @@ def respond(
         x: (N, C, H, W).
         weight: (O, C, 1, 1).
     """
-    held, filters = described(x, weight, k is not None, operator, fixed_k, eps), len(weight)
+    held, filters = described(x, weight, k, operator, fixed_k, eps), len(weight)
     x, weight, k = in_rows(x), in_rows(weight), by_filter(k, filters)
     out, norms, lengths = like_rows(x, filters), x.new_empty(x.numel() // x.shape[1]), x.new_empty(filters)
     checked(library().pointwise_respond_at(ctypes.byref(held), *places_of(x, weight, k, norms, lengths, out)))
@@ -138,7 +137,7 @@ def respond_backward(
     Args:
         by: which of the three are wanted; the others are empty.
     """
-    held = described(x, weight, k is not None, operator, fixed_k, 0.0)
+    held = described(x, weight, k, operator, fixed_k, 0.0)
     gradient, response, x, rows = in_rows(gradient), in_rows(response), in_rows(x), in_rows(weight)
     soft = by_filter(k, len(rows))
     found = shapes_of_gradients(x, weight, by)

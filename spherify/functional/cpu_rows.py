@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spherify.functional import cpu_binding
 from spherify.functional.cpu_binding import Elementwise
-from spherify.functional.cpu_kernels import ByFilter, by_filter, checked, constants, elementwise, guard_of
+from spherify.functional.cpu_kernels import by_filter, checked, constants, elementwise, guard_of
 from spherify.functional.families import family
 from spherify.functional.fits import fit_of
 
@@ -50,9 +50,9 @@ def described(product: Tensor, inverse: Tensor, k: Tensor | None, operator: str,
         pass
     if not takes(product, inverse):
         return hold(HELD, key, None)
-    values = constants(operator, fixed_k or None if k is None else k)
-    terms, (_, *fillers) = elementwise(product, inverse, operator, values, guard=guard_of(operator))
-    describe_fit(terms, values)
+    soft = fixed_k or None if k is None else k
+    terms, (_, *fillers) = elementwise(product, inverse, operator, constants(operator, soft), guard=guard_of(operator))
+    describe_fit(terms, operator, soft)
     return hold(HELD, key, (ctypes.addressof(terms), terms, fillers))
 
 
@@ -64,12 +64,14 @@ def hold(held: dict[Key, Found], key: Key, found: Found) -> Found:
     return found
 
 
-def describe_fit(described: Any, values: dict[str, ByFilter]) -> None:
-    """Point a description at the polynomials of these constants, or at those for any, if there are some."""
-    rise, steep = values.get("rise"), values.get("steep")
-    if isinstance(steep, Tensor):
+def describe_fit(described: Any, operator: str, k: Tensor | float | None) -> None:
+    """Point a description at the polynomials of this k, or at those for any if it is learned, if there are some."""
+    if isinstance(k, Tensor):
         described.family = ctypes.addressof(family())
-    elif isinstance(rise, float) and (fit := fit_of(steep, rise)) is not None:
+        return
+    values = constants(operator, k)
+    rise, steep = values.get("rise"), values.get("steep")
+    if isinstance(rise, float) and not isinstance(steep, Tensor) and (fit := fit_of(steep, rise)) is not None:
         described.fit = ctypes.addressof(fit)
 
 

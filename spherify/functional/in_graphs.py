@@ -98,8 +98,9 @@ def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> 
     if type_of_product(x, weight) != torch.float32 or x.numel() == 0 or x.dim() > 4 or x.dim() != weight.dim():
         return False
     groups = window.get("groups", 1)
-    is_kind = is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine")
-    return are_here() and (is_kind or (is_pointwise(weight, window) and can_multiply()))
+    if is_depthwise(x, weight, groups) or (groups == 1 and operator != "cosine"):
+        return are_here()
+    return is_pointwise(weight, window) and are_here() and can_multiply()
 
 
 def goes_without_clamp(x: Tensor, weight: Tensor) -> bool:
