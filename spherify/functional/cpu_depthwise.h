@@ -65,26 +65,18 @@ INLINE Shape shape_at(const Band *b, const Window *w, long p, const float **rows
     return s;
 }
 
-/* What becomes of a row of products and norms, `wide_of` channels apart. */
-typedef void Answer(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e);
+/* What becomes of a row of products and norms, `wide_of` channels apart; `own`: terms of a k for each filter. */
+typedef void Answer(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
+                    const OwnTerms *own);
 
-INLINE void respond_row_by_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
-                               const int operator) {
-    for (long q = 0, wide = wide_of(w->channels); q < w->out_width; q++)
-        respond_to_row(product + q * wide, out + q * w->channels, norms + q * wide, e, operator, 1);
-}
-
-static void linear_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
-    respond_row_by_row(product, norms, out, w, e, LINEAR);
-}
-
-static void sigmoid_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
-    respond_row_by_row(product, norms, out, w, e, SIGMOID);
+static void response_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
+                         const OwnTerms *own) {
+    respond_to_rows(product, out, norms, e, own, wide_of(w->channels), w->out_width, 1);
 }
 
 /* Every row of patches of x, by packed filters: the `answer` to products and norms, or, without one, cosines by `length`. */
 static int row_by_row(const float *x, float *out, const Window *w, const Elementwise *e, const float *packed,
-                      const float *length, float eps, Answer *answer) {
+                      const float *length, float eps, Answer *answer, const OwnTerms *own) {
     long channels = w->channels, wide = wide_of(channels), taps = w->window[0] * w->window[1];
     long line = w->width * channels, size = w->height * line, row = w->out_width * channels;
     int failed = 0;
@@ -116,7 +108,7 @@ static int row_by_row(const float *x, float *out, const Window *w, const Element
                 if (answer == NULL) cosines_of_row(&a, filters, &s);
                 else products_of_row(&a, filters, &s);
             }
-            if (answer != NULL) answer(product, norms, to, w, e);
+            if (answer != NULL) answer(product, norms, to, w, e, own);
         }
         free(room);
         free(rows);
@@ -133,8 +125,9 @@ static int depthwise(const Depthwise *d, const Window *w, const Elementwise *giv
     if (terms == NULL) return 1;
     e.length = length;
     pack_filters(d, w, eps, packed, length, 0);
-    Answer *answer = e.operator == COSINE ? NULL : e.operator == LINEAR ? linear_row : sigmoid_row;
-    int failed = row_by_row(d->x, d->out, w, &e, packed, length, eps, answer);
+    OwnTerms own = forward_terms(&e, w->images * w->out_height * w->out_width);
+    int failed = row_by_row(d->x, d->out, w, &e, packed, length, eps, e.operator == COSINE ? NULL : response_row, &own);
+    free(own.edge);
     free(terms);
     return failed;
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
+from spherify.functional.cpu_binding import empty_at_once
 from spherify.functional.cpu_kernels import (
     by_filter,
     checked,
@@ -69,11 +70,12 @@ def described(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Win
     Args:
         x: (N, C, H, W), with the channels innermost.
     """
-    threads, is_learned = cpu_binding.threads_for(x.numel()), isinstance(k, Tensor)
-    stride, padding, dilation = map(tuple, window)
-    key = (x.shape, weight.shape, stride, padding, dilation, operator, Tensor if is_learned else k, threads)
+    stride, padding, dilation = tuple(window[0]), tuple(window[1]), tuple(window[2])
+    kind, threads = Tensor if isinstance(k, Tensor) else k, torch.get_num_threads()
+    key = (x.shape, weight.shape, stride, padding, dilation, operator, kind, threads)
     if (held := HELD.get(key)) is not None:
         return held
+    threads = cpu_binding.threads_for(x.numel())
     frame, _ = window_of(x.shape, tuple(weight.shape[2:]), stride, padding, dilation, x.shape[1], True, threads)
     sizes = shape_of_response(x, weight, window)
     like = x.new_empty(sizes).contiguous(memory_format=torch.channels_last)
@@ -86,8 +88,8 @@ def described(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Win
 def respond(x: Tensor, weight: Tensor, operator: str, k: Softness, window: Windowed, eps: float) -> Tensor:
     """The response, before gain and bias, of (N, C, H, W) that ``lies_in_rows`` to (C, 1, U, V): (N, C, P, Q)."""
     held, weight = described(x, weight, operator, k, window), weight.contiguous()
-    out = x.new_empty_strided(held.sizes, held.strides)
-    soft = by_filter(k, len(weight)) if isinstance(k, Tensor) else None
+    out = empty_at_once(held.sizes, held.strides)
+    soft = by_filter(k, weight.shape[0]) if isinstance(k, Tensor) else None
     checked(library().depthwise_at(*held.places, *places_of(x, weight, soft, out), eps))
     return out
 
@@ -110,9 +112,10 @@ def respond_backward(
         needs_x: whether the first is wanted; else it is empty, as the sums are but for a learned k.
     """
     held, dense = described(x, weight, operator, k, window), weight.contiguous()
-    soft = by_filter(k, len(weight)) if isinstance(k, Tensor) else None
-    by_x, by_weight = torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(dense)
-    sums = x.new_empty(shape_of_sums(len(weight), k))
+    soft = by_filter(k, weight.shape[0]) if isinstance(k, Tensor) else None
+    by_x = empty_at_once(x.shape, x.stride()) if needs_x else empty_at_once((0,), (1,))
+    by_weight = empty_at_once(dense.shape, dense.stride())
+    sums = empty_at_once(shape_of_sums(dense.shape[0], k), (dense.shape[0], 1))
     places = places_of(x, dense, soft, gradient, response, by_x if needs_x else None, by_weight, sums)
     checked(library().depthwise_backward_at(*held.places, *places, eps))
     return by_x, by_weight, sums

@@ -30,7 +30,9 @@ INLINE void finish_cosines(const float *product, const float *norms, float *out,
     }
 }
 
-static void folded_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e) {
+static void folded_row(const float *product, const float *norms, float *out, const Window *w, const Elementwise *e,
+                       const OwnTerms *own) {
+    (void)own;
     long wide = wide_of(w->channels);
     const Across a = {product, norms, out, wide, wide, e->filters};
     if (e->operator == CURVE) curve_some_rows(&a, w->out_width, e);
@@ -48,7 +50,7 @@ int convolve_rows_and_respond(const float *x, const float *weight, float *out, c
     if (terms == NULL) return 1;
     pack_filters(&d, w, 0.0f, packed, length, 0);
     for (long i = 0; i < numbers; i++) packed[i] *= layer->scale;
-    int failed = row_by_row(x, out, w, &layer->response, packed, length, layer->eps, folded_row);
+    int failed = row_by_row(x, out, w, &layer->response, packed, length, layer->eps, folded_row, NULL);
     free(terms);
     return failed;
 }

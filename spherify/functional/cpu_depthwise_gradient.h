@@ -169,8 +169,8 @@ static int set_up(Bench *b, const Window *w) {
     return b->rows == NULL || b->room == NULL;
 }
 
-static void backward_image(const Depthwise *d, const Window *w, const Elementwise *e, const Near *near, Bench *b,
-                           const float *packed, long n, float eps) {
+static void backward_image(const Depthwise *d, const Window *w, const Elementwise *e, const Near *near,
+                           const OwnTerms *own, Bench *b, const float *packed, long n, float eps) {
     long channels = w->channels, wide = b->map.wide, row = w->width * channels, taps = w->window[0] * w->window[1];
     const float *x = d->x + n * w->height * row;
     float *by_x = d->by_x + n * w->height * row;
@@ -187,9 +187,9 @@ static void backward_image(const Depthwise *d, const Window *w, const Elementwis
             if (e->operator == COSINE) by_cosines_of_row(&a, NULL, &s);
             else norms_of_row(&a, NULL, &s);
         }
-        for (long q = 0; q < w->out_width && e->operator != COSINE; q++)
-            respond_backward_row_of(d->gradient + place + q * channels, d->saved + place + q * channels, norms + q * wide,
-                                    product + q * wide, d->sums ? b->part : NULL, e, near, 1);
+        if (e->operator != COSINE)
+            respond_backward_rows(d->gradient + place, d->saved + place, norms, product, norms, d->sums ? b->part : NULL, e,
+                                  near, own, wide, w->out_width, 1);
         place += w->out_width * channels; /* the next row's */
         for (long c = 0; c < channels; c += BLOCK) {
             long outputs = w->out_width * channels;
@@ -220,6 +220,7 @@ static int depthwise_backward(const Depthwise *d, const Window *w, const Element
     e->length = length;
     pack_filters(d, w, eps, packed, length, 1);
     near_of(&near, e, e->operator);
+    OwnTerms own = backward_terms(e, w->images * w->out_height * w->out_width);
 #pragma omp parallel num_threads(w->threads) if (w->threads > 1) reduction(| : failed)
     {
         Bench b;
@@ -229,7 +230,7 @@ static int depthwise_backward(const Depthwise *d, const Window *w, const Element
             if (failed) continue;
             memset(b.weighed, 0, all * sizeof(float));
             memset(b.part, 0, 2 * channels * sizeof(float));
-            backward_image(d, w, e, &near, &b, packed, n, eps);
+            backward_image(d, w, e, &near, &own, &b, packed, n, eps);
             double *own = totals + omp_get_thread_num() * all, *own_sums = sums + omp_get_thread_num() * 2 * channels;
             for (long i = 0; i < all; i++) own[i] += b.weighed[i];
             for (long i = 0; i < 2 * channels; i++) own_sums[i] += b.part[i];
@@ -237,6 +238,7 @@ static int depthwise_backward(const Depthwise *d, const Window *w, const Element
         free(b.room);
         free(b.rows);
     }
+    free(own.back);
     finish_filters(d, w, totals, length);
     if (d->sums) add_up(sums, 2 * channels, w->threads, d->sums);
     free(terms);

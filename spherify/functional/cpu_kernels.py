@@ -157,7 +157,7 @@ def by_filter(value: ByFilter, filters: int) -> Tensor | None:
         return None
     if not isinstance(value, Tensor):
         return filler(value, filters)
-    if value.device.type != "cpu":
+    if not value.is_cpu:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cpu and {value.device}.")
     if value.dtype == torch.float32 and value.numel() == filters and value.is_contiguous():
         return value

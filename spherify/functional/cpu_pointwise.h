@@ -67,7 +67,7 @@ static int pointwise_respond(const Pointwise *d) {
             for (long row = block; row < last; row++)
                 norms[row] = 1.0f / sqrtf(squares_of_row(x + row * channels, channels) + d->eps);
             respond_to_rows(product + block * filters, d->out + (first + block) * filters, norms + block, &e, &own,
-                            last - block);
+                            filters, last - block, 0);
         }
     }
     free(own.edge);
@@ -93,7 +93,7 @@ static int gradients_of_rows(const Pointwise *d, const Elementwise *e, const Nea
             long place = begin + first;
             float along[ROWS_A_SUM];
             respond_backward_rows(d->gradient + place * filters, d->saved + place * filters, d->norms + place,
-                                  product + first * filters, along, part, e, near, own, some);
+                                  product + first * filters, along, part, e, near, own, filters, some, 0);
             for (long row = 0; row < some && d->out; row++) {
                 const float *x = d->x + (place + row) * channels;
                 float norm = d->norms[place + row], *to = d->out + (place + row) * channels;

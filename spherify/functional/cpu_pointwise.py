@@ -10,12 +10,13 @@ import ctypes
 import functools
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
-from spherify.functional.cpu_binding import CODES
+from spherify.functional.cpu_binding import CODES, empty_at_once
 from spherify.functional.cpu_kernels import by_filter, checked, guard_of
 from spherify.functional.cpu_rows import describe_fit, hold, places_of
 
@@ -37,7 +38,17 @@ class Pointwise(ctypes.Structure):
     )
 
 
-HELD: dict[tuple[object, ...], Pointwise] = {}
+class Held(NamedTuple):
+    """What serves all calls of a shape: where its description is, and how tensors lie."""
+
+    place: int
+    rows: int
+    response: tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides
+    by_x: tuple[tuple[int, ...], tuple[int, ...]]
+    described: Pointwise
+
+
+HELD: dict[tuple[object, ...], Held] = {}
 
 
 @functools.cache
@@ -71,12 +82,16 @@ def in_rows(x: Tensor) -> Tensor:
 
 def like_rows(x: Tensor, channels: int) -> Tensor:
     """Empty, with as many images and positions as ``x``, and so laid out that ``in_rows`` copies nothing."""
+    return x.new_empty_strided(*lying_in_rows(x, channels))
+
+
+def lying_in_rows(x: Tensor, channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides."""
     images, _, height, width = x.shape
-    strides = (height * width * channels, 1, width * channels, channels)
-    return x.new_empty_strided((images, channels, height, width), strides)
+    return (images, channels, height, width), (height * width * channels, 1, width * channels, channels)
 
 
-def described(x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, eps: float) -> Pointwise:
+def described(x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_k: float, eps: float) -> Held:
     """What serves all calls of a shape, found once."""
     key = (x.shape, weight.shape, k is None, operator, fixed_k, eps, torch.get_num_threads())
     if (held := HELD.get(key)) is not None:
@@ -101,7 +116,8 @@ def described(x: Tensor, weight: Tensor, k: Tensor | None, operator: str, fixed_
         threads=cpu_binding.threads_for(rows * max(filters, channels)),
     )
     describe_fit(layer, operator, fixed_k or None if k is None else k)
-    return hold(HELD, key, layer)
+    place, lying = ctypes.addressof(layer), (lying_in_rows(x, filters), lying_in_rows(x, channels))
+    return hold(HELD, key, Held(place, rows, *lying, layer))
 
 
 def respond(
@@ -113,10 +129,11 @@ def respond(
         x: (N, C, H, W).
         weight: (O, C, 1, 1).
     """
-    held, filters = described(x, weight, k, operator, fixed_k, eps), len(weight)
+    held, filters = described(x, weight, k, operator, fixed_k, eps), weight.shape[0]
     x, weight, k = in_rows(x), in_rows(weight), by_filter(k, filters)
-    out, norms, lengths = like_rows(x, filters), x.new_empty(x.numel() // x.shape[1]), x.new_empty(filters)
-    checked(library().pointwise_respond_at(ctypes.byref(held), *places_of(x, weight, k, norms, lengths, out)))
+    out, norms = empty_at_once(*held.response), empty_at_once((held.rows,), (1,))
+    lengths = empty_at_once((filters,), (1,))
+    checked(library().pointwise_respond_at(held.place, *places_of(x, weight, k, norms, lengths, out)))
     return out, norms, lengths
 
 
@@ -139,12 +156,14 @@ def respond_backward(
     """
     held = described(x, weight, k, operator, fixed_k, 0.0)
     gradient, response, x, rows = in_rows(gradient), in_rows(response), in_rows(x), in_rows(weight)
-    soft = by_filter(k, len(rows))
-    found = shapes_of_gradients(x, weight, by)
-    wanted = (one if is_wanted else None for one, is_wanted in zip(found, by, strict=True))
-    places = places_of(gradient, response, x, rows, soft, norms, lengths, *wanted)
-    checked(library().pointwise_backward_at(ctypes.byref(held), *places))
-    return found
+    (filters, channels), (needs_x, needs_weight, needs_k) = rows.shape[:2], by
+    by_x = empty_at_once(*held.by_x) if needs_x else None
+    by_weight = empty_at_once(weight.shape, (channels, 1, 1, 1)) if needs_weight else None
+    sums = empty_at_once((2, filters), (filters, 1)) if needs_k else None
+    soft = by_filter(k, filters)
+    places = places_of(gradient, response, x, rows, soft, norms, lengths, by_x, by_weight, sums)
+    checked(library().pointwise_backward_at(held.place, *places))
+    return tuple(empty_at_once((0,), (1,)) if one is None else one for one in (by_x, by_weight, sums))  # type: ignore[return-value]
 
 
 def shapes_of_gradients(x: Tensor, weight: Tensor, by: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -134,7 +134,8 @@ static void respond_rows(const Rows *r, const Elementwise *e) {
 #pragma omp parallel for schedule(static) num_threads(e->threads) if (e->threads > 1)
     for (long first = 0; first < rows; first += ROWS_A_BLOCK) {
         long count = rows - first < ROWS_A_BLOCK ? rows - first : ROWS_A_BLOCK;
-        respond_to_rows(r->product + first * filters, r->out + first * filters, e->inverse + first, e, &own, count);
+        respond_to_rows(r->product + first * filters, r->out + first * filters, e->inverse + first, e, &own, filters,
+                        count, 0);
     }
     free(own.edge);
 }
@@ -159,7 +160,8 @@ static int respond_rows_backward(const Rows *r, const Elementwise *e) {
             memset(part, 0, 2 * filters * sizeof(float));
             long first = block * ROWS_A_SUM, count = rows - first < ROWS_A_SUM ? rows - first : ROWS_A_SUM;
             respond_backward_rows(r->gradient + first * filters, r->saved + first * filters, e->inverse + first,
-                                  r->out + first * filters, r->along + first, r->sums ? part : NULL, e, &near, &own, count);
+                                  r->out + first * filters, r->along + first, r->sums ? part : NULL, e, &near, &own, filters,
+                                  count, 0);
             for (long i = 0; i < 2 * filters && r->sums; i++) sums[i] += part[i];
         }
         free(part);

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spherify.functional import cpu_binding
-from spherify.functional.cpu_binding import Elementwise
+from spherify.functional.cpu_binding import Elementwise, empty_at_once
 from spherify.functional.cpu_kernels import by_filter, checked, constants, elementwise, guard_of
 from spherify.functional.families import family
 from spherify.functional.fits import fit_of
@@ -39,11 +39,8 @@ def library() -> ctypes.CDLL:
 
 def described(product: Tensor, inverse: Tensor, k: Tensor | None, operator: str, fixed_k: float) -> Held | None:
     """What serves all calls of a shape, found once; None where the kernels do not serve them."""
-    threads = cpu_binding.threads_for(product.numel())
-    key = (
-        *(product.shape, product.stride(), product.dtype, inverse.shape, inverse.stride()),
-        *(operator, fixed_k, k is None, threads),
-    )
+    lie = (product.shape, product.stride(), product.dtype, inverse.shape, inverse.stride())
+    key = (lie, operator, fixed_k, k is None, torch.get_num_threads())
     try:
         return HELD[key]
     except KeyError:
@@ -81,7 +78,7 @@ def respond(
     """The response to ``product inverse length``; None for tensors that the kernels do not take."""
     if (held := described(product, inverse, k, operator, fixed_k)) is None:
         return None
-    out, filters = torch.empty_like(product), product.shape[1]
+    out, filters = empty_at_once(product.shape, product.stride()), product.shape[1]
     own, soft = by_filter(length, filters), by_filter(k, filters)
     checked(library().respond_rows_at(held[0], *places_of(product, inverse, own, soft, out)))
     return out
@@ -106,8 +103,9 @@ def respond_backward(
         gradient = torch.empty_like(response).copy_(gradient)
     filters = response.shape[1]
     own, soft = by_filter(length, filters), by_filter(k, filters)
-    product, along = torch.empty_like(response), torch.empty_like(inverse)
-    sums = response.new_empty(shape_of_sums(filters, k))
+    product = empty_at_once(response.shape, response.stride())
+    along = empty_at_once(inverse.shape, inverse.stride())
+    sums = empty_at_once(shape_of_sums(filters, k), (filters, 1))
     places = places_of(gradient, response, inverse, own, soft, product, along, sums)
     checked(library().respond_rows_backward_at(held[0], *places))
     return product, along, sums

@@ -7,7 +7,6 @@ convolutions, which it has multiplied image by image.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from spherify.functional.cosine import (
 )
 from spherify.functional.filters import like
 from spherify.functional.graph_operators import ours
+from spherify.functional.inductor import tell_inductor
 from spherify.functional.precision import type_of_product
 
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.6 cannot be asked
@@ -35,7 +35,7 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # torch 2.
 @torch.compiler.assume_constant_result
 def are_here() -> bool:
     """Whether the kernels can be had; asked while a graph is made."""
-    tell_inductor_the_layout()
+    tell_inductor()
     return cpu_binding.library() is not None
 
 
@@ -43,48 +43,6 @@ def are_here() -> bool:
 def can_multiply() -> bool:
     """Whether they find the product of matrices that torch has; asked while a graph is made."""
     return cpu_pointwise.sgemm() is not None
-
-
-@functools.cache
-def tell_inductor_the_layout() -> None:
-    """That gradients by responses are to lie as the responses do; it would write channels-last ones as planes."""
-    try:
-        from torch._inductor import ir
-        from torch._inductor.lowering import make_fallback
-    except ImportError:  # no public name: without it the layout is that of autograd, which is right and slower
-        return
-
-    def as_the_response(_: Any, gradient: Any, response: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(response.get_size()) == 4 and response.get_stride()[1] == 1:
-            gradient = ir.ExternKernel.require_stride_order(gradient, [3, 0, 2, 1])
-        return (gradient, response, *others), {}
-
-    def in_rows(_: Any, *arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Activations with what belongs to a position side by side, and 1x1 weights row by row."""
-        given = (
-            ir.ExternKernel.require_stride_order(one, [3, 0, 2, 1])
-            if isinstance(one, ir.TensorBox) and len(one.get_size()) == 4
-            else one
-            for one in arguments
-        )
-        return tuple(given), {}
-
-    def with_rows_first(node: Any, x: Any, *others: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same for the input alone: filters of depthwise layers lie as they do."""
-        (x,), _ = in_rows(node, x)
-        return (x, *others), {}
-
-    wanted = dict(
-        respond_backward=as_the_response,
-        depthwise=with_rows_first,
-        depthwise_backward=as_the_response,
-        pointwise=in_rows,
-        pointwise_backward=in_rows,
-    )
-    for name, constraint in wanted.items():
-        # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
-        # which would take the place of one that is only added.
-        make_fallback(getattr(ours, name).default, layout_constraint=constraint, warn=False)
 
 
 def serves(x: Tensor, weight: Tensor, operator: str, window: dict[str, Any]) -> bool:

@@ -35,6 +35,8 @@ POINTS = {  # whose cosines are all near 1 or -1, where the other responses are 
     "1x1 with gaps": ((1, 1), (3, 2), (0, 0), (1, 1)),
 }
 each_window = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+OWN = {"all with polynomials": [0.3, 0.31, 0.4, 0.5, 0.7, 1.0, 3.0, 30.0], "some without": [0.5, 0.1, 3.0]}  # learned k
+each_k = pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 each_response = pytest.mark.parametrize(("operator", "k"), [("cosine", None), ("linear", None), ("sigmoid", 0.3)])
 
 
@@ -76,6 +78,36 @@ def assert_equals_float64(shape, operator, k, window, layout=torch.channels_last
         assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * max(1.0, scale))
 
 
+def nearly_orthogonal(shape, window):
+    """As ``samples``, with filters that add up to 0 and pixels nearly alike, so that most cosines are near 0."""
+    x, weight = samples(shape, window)
+    return (x + 3.0) * (x != 0), weight - weight.mean((2, 3), keepdim=True) * (window != (1, 1))
+
+
+def assert_learned_equals_float64(shape, window, own, make=nearly_orthogonal, layout=torch.channels_last):
+    """The same where each channel has a k of its own, and what the gradient for k is made of."""
+    size, *axes = window
+    wide = [leaf.requires_grad_() for leaf in make(shape, size)]
+    x, weight = (leaf.detach().float().contiguous(memory_format=layout) for leaf in wide)
+    k = torch.tensor(own).repeat(shape[1] // len(own) + 1)[: shape[1]]
+    terms, each = (k, "learnable", 0.0, *map(list, axes), EPS), k.double().view(-1, 1, 1)
+    truth, found = truth_of(*wide, "learnable", each, *axes), OURS.depthwise(x, weight, *terms)
+    assert_close(found.double(), truth, rtol=1e-5, atol=2e-6)
+    along = normal(*truth.shape, seed=9)
+    # What tells the slope from the response in float32 is the response's distance from 1, so that one is given in full.
+    gradient, response = (one.detach().float().contiguous(memory_format=layout) for one in (along, truth))
+    by_x, by_weight, sums = OURS.depthwise_backward(gradient, response, x, weight, *terms, True)
+    assert by_x.isfinite().all()
+    near = (k >= 0.3).nonzero().flatten()
+    for axis, one, other in zip((1, 0), (by_x, by_weight), torch.autograd.grad(truth, wide, along), strict=True):
+        one, other = one.double().index_select(axis, near), other.index_select(axis, near)
+        assert_close(one, other, rtol=1e-3, atol=1e-5 * max(1.0, other.abs().max().item()))
+    t = truth * (torch.pi / 4 / each).tanh()
+    assert_close(sums[0].double(), (along * truth).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+    for_k = (along * (1 - t * t) * t.atanh()).sum((0, 2, 3))
+    assert_close(sums[1].double(), for_k, rtol=1e-4, atol=1e-6 * truth[:, 0].numel())
+
+
 @each_window
 @pytest.mark.parametrize("channels", [2, 20, 48])
 @each_response
@@ -92,6 +124,22 @@ def test_windows_of_one_pixel_have_the_values_and_gradients_of_float64(window):
 @pytest.mark.parametrize("name", ["3x3", "3x3 halving", "7x7", "dilated"])
 def test_any_number_of_channels_has_the_values_and_gradients_of_float64(name, channels):
     assert_equals_float64((2, channels, 7, 6), "cosine", None, WINDOWS[name])
+
+
+@each_window
+@pytest.mark.parametrize("channels", [8, 40])
+@pytest.mark.parametrize("make", [samples, nearly_orthogonal])
+@each_k
+def test_a_k_of_each_channel_has_the_values_and_gradients_of_float64(own, make, channels, window):
+    assert_learned_equals_float64((2, channels, 9, 8), window, own, make)
+
+
+@pytest.mark.parametrize("channels", [2, 15, 17, 31, 33])
+@pytest.mark.parametrize("size", [(4, 4), (5, 3), (13, 21)])
+@pytest.mark.parametrize("name", ["3x3", "3x3 halving"])
+@each_k
+def test_a_k_of_each_channel_on_maps_of_any_size(own, name, size, channels):
+    assert_learned_equals_float64((3, channels, *size), WINDOWS[name], own)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (3, 1), (4, 4), (13, 21)])

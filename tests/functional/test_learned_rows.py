@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from spherify.functional import cpu_binding, cpu_rows
-from spherify.functional.families import EDGE, LEAST_K, OF_U, REACH, TERMS, family
+from spherify.functional.families import EDGE, BEYOND_OF_U, BEYOND_TERMS, LEAST_K, OF_U, REACH, TERMS, family
 from spherify.functional.responses import RESPONSES
 
 needs_kernels = pytest.mark.skipif(cpu_binding.library() is None, reason="no C compiler")
@@ -19,11 +19,11 @@ def series(terms, x):
     return sum(term * x**power for power, term in enumerate(terms))
 
 
-def terms_at(name, k):
+def terms_at(name, k, of_u=OF_U):
     """The terms of the polynomials for one k."""
     v = 2 * (0.5 / k) ** 2 / family().most - 1
     numbers = list(getattr(family(), name))
-    return [series(numbers[first : first + OF_U], v) for first in range(0, len(numbers), OF_U)]
+    return [series(numbers[first : first + of_u], v) for first in range(0, len(numbers), of_u)]
 
 
 @pytest.mark.parametrize("k", KS)
@@ -31,6 +31,9 @@ def test_polynomials_are_near_the_response_as_far_as_they_say(k):
     close = dict(rtol=3e-7, atol=1e-12)
     cosine = torch.linspace(1e-3, EDGE, 500, dtype=torch.float64)
     assert_close(cosine * series(terms_at("near", k), cosine**2), LEARNABLE.function(cosine, k), **close)
+    beyond = torch.linspace(EDGE, 1.0, 500, dtype=torch.float64)
+    half = ((1 - beyond) / 2).sqrt()
+    assert_close(1 + half * series(terms_at("far", k, BEYOND_OF_U), half), LEARNABLE.function(beyond, k), **close)
     cosine = torch.linspace(1e-3, REACH, 500, dtype=torch.float64)
     angle, slope = cosine.asin(), LEARNABLE.slope(cosine, k)
     t = LEARNABLE.function(cosine, k) / LEARNABLE.slope_at_equator(k)
@@ -43,7 +46,8 @@ def test_polynomials_are_near_the_response_as_far_as_they_say(k):
 
 def test_as_many_terms_as_in_c():
     assert (TERMS, OF_U) == (7, 9)
-    assert len(family().along) == TERMS * OF_U
+    assert (BEYOND_TERMS, BEYOND_OF_U) == (9, 13)
+    assert (len(family().along), len(family().far)) == (TERMS * OF_U, BEYOND_TERMS * BEYOND_OF_U)
 
 
 def sample(rows, filters, deviation=0.25):
