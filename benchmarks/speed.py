@@ -50,6 +50,7 @@ MODELS = {
     "vit_small": lambda: timm.create_model("vit_small_patch16_224", dynamic_img_size=True),
     "mobilenetv2": lambda: timm.create_model("mobilenetv2_100"),
 }
+INFERENCES = 3  # rounds of them for one of training steps, each of which takes so much longer
 ON_CPU = {  # batch, pixels
     "cnn9": (16, 32),
     "resnet18": (8, 112),
@@ -118,7 +119,11 @@ def run(case: Case) -> dict[str, Any]:
     x = torch.randn(2, 3, case.settings.size or 224, case.settings.size or 224)
     forms = {operator: plan(plain, operator=operator, example_input=x).apply() for operator in case.operators}
     forms |= {name: as_peer(plain, name) for name in case.peers}
-    rows = compare_forms(plain, forms, case.settings, case.phases)
+    rows = []
+    for phase in case.phases:
+        rounds = INFERENCES if phase == "infer" and case.settings.device == "cpu" else 1
+        settings = replace(case.settings, repeats=rounds * case.settings.repeats)
+        rows += compare_forms(plain, forms, settings, (phase,))
     return {"model": case.model, "settings": asdict(case.settings), "rows": [row.to_dict() for row in rows]}
 
 
@@ -275,7 +280,7 @@ def report(paths: list[Path], page: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of training steps")
     parser.add_argument("--minutes", type=float, help="begin no new case after this time; 7 on a GPU, 60 on the CPU")
     parser.add_argument("--only", nargs="*", default=[], help="names such as resnet18 or 'resnet18 compiled'")
     parser.add_argument("--operators", nargs="*", default=OPERATORS, choices=OPERATORS)

@@ -99,8 +99,8 @@ def assert_learned_equals_float64(shape, window, own, make=nearly_orthogonal, la
     by_x, by_weight, sums = OURS.depthwise_backward(gradient, response, x, weight, *terms, True)
     assert by_x.isfinite().all()
     near = (k >= 0.3).nonzero().flatten()
-    for axis, one, other in zip((1, 0), (by_x, by_weight), torch.autograd.grad(truth, wide, along), strict=True):
-        one, other = one.double().index_select(axis, near), other.index_select(axis, near)
+    for axis, *pair in zip((1, 0), (by_x, by_weight), torch.autograd.grad(truth, wide, along), strict=True):
+        one, other = (gradient.double().index_select(axis, near) for gradient in pair)
         assert_close(one, other, rtol=1e-3, atol=1e-5 * max(1.0, other.abs().max().item()))
     t = truth * (torch.pi / 4 / each).tanh()
     assert_close(sums[0].double(), (along * truth).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)

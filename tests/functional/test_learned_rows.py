@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from spherify.functional import cpu_binding, cpu_rows
-from spherify.functional.families import EDGE, BEYOND_OF_U, BEYOND_TERMS, LEAST_K, OF_U, REACH, TERMS, family
+from spherify.functional.families import BEYOND_OF_U, BEYOND_TERMS, EDGE, LEAST_K, OF_U, REACH, TERMS, family
 from spherify.functional.responses import RESPONSES
 
 needs_kernels = pytest.mark.skipif(cpu_binding.library() is None, reason="no C compiler")
