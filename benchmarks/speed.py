@@ -106,9 +106,9 @@ def cases(device: str, repeats: int, all_compiled: bool = False) -> Iterator[Cas
             (),
             Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True, cpu_time=True),
         )
-    for name in ("resnet18", "resnet50", "vit_small", "convnext_tiny", "mobilenetv2") if all_compiled else ():
+    for name in ("cnn9", "resnet18", "resnet50", "vit_small", "convnext_tiny", "mobilenetv2") if all_compiled else ():
         batch, size = ON_CPU[name]
-        operators = OPERATORS[1:] if name == "resnet18" else OPERATORS
+        operators = OPERATORS[1:] if name in ("cnn9", "resnet18") else OPERATORS
         settings = Settings(batch=batch, size=size, threads=1, repeats=repeats, compiled=True, cpu_time=True)
         yield Case(name, operators, (), settings, ("train",))
 
