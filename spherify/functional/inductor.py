@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from spherify.functional.graph_operators import OPERATORS, direct_name, ours
+from spherify.functional.graph_operators import direct_name, ours
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -29,11 +29,11 @@ def tell_inductor() -> None:
         pointwise=in_rows,
         pointwise_backward=in_rows,
     )
-    for name in OPERATORS:
+    for name, constraint in constraints.items():
         # As a fallback of our own: the one that Inductor makes of an operator it meets first has its own constraint,
         # which would take the place of one that is only added.
         operator = getattr(ours, name).default
-        make_fallback(operator, layout_constraint=constraints[name], warn=False)
+        make_fallback(operator, layout_constraint=constraint, warn=False)
         lowerings[operator] = called_directly(lowerings[operator], name)
 
 
